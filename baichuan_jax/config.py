@@ -1,0 +1,218 @@
+"""The settings of a run, as typed dataclasses.
+
+`configs/*.py` build a `Config`; flags override single fields
+(`--config.optimizer.learning_rate=1e-4`); `validate` runs once after the flags.
+The dataclasses are not frozen, so that the flags can reach them, but nobody
+changes one after `validate`. The defaults are the paper's Baichuan 2 7B
+(arXiv 2309.10305), so that each of its numbers stands here once.
+"""
+
+import dataclasses
+import json
+from typing import Optional
+
+from etils import epath
+
+VOCAB_MULTIPLE = 128
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The architecture (paper §2.2–2.5 and Table 1)."""
+
+    vocab_size: int = 125_696
+    hidden_size: int = 4_096
+    intermediate_size: int = 11_008
+    num_layers: int = 32
+    num_heads: int = 32
+    position: str = "rope"  # 'rope' (7B) or 'alibi' (13B)
+    rope_base: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    norm_head: bool = True  # §2.5; false for Baichuan 1
+    initializer_range: float = 0.02
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and head tables: whole tiles on every mesh.
+
+        The released 125,696 needs no padding; padding rows are never predicted.
+        """
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where the text is and how it becomes rows of tokens (§2.1, §2.3).
+
+    A source is `NAME=PATH` or `PATH`: a file, a glob or a folder of .jsonl,
+    .jsonl.gz, .jsonl.zst, .parquet, .txt or .md, or `tfds:DATASET[:SPLIT]`. Several may
+    be given in one string, separated by commas.
+    """
+
+    sources: tuple[str, ...] = ()
+    eval_sources: tuple[str, ...] = ()  # empty: hold out `eval_fraction` of the documents
+    eval_fraction: float = 0.005
+    text_field: str = "text"
+    language_field: str = "lang"
+    tfds_data_dir: Optional[str] = None
+    tokenizer: str = ""  # a SentencePiece .model file
+    shards: str = ""  # folder of packed rows; empty: WORKDIR/shards, packed from the sources
+    sequence_length: int = 4_096
+    weights: tuple[str, ...] = ()  # 'SET=WEIGHT'; a set without one weighs as many tokens as it has
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each axis (§2.7); one of them may be -1: all that are left."""
+
+    replica: int = 1  # across nodes or slices
+    fsdp: int = -1  # inside a node or slice: ZeRO
+    tensor: int = 1  # inside the fastest links: tensor parallelism
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW and its schedule (§2.6)."""
+
+    learning_rate: float = 2e-4
+    final_learning_rate: float = 2e-5  # not published; a tenth of the peak is customary
+    warmup_steps: int = 2_000
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8  # not published
+    weight_decay: float = 0.1
+    clip_norm: float = 0.5
+
+
+@dataclasses.dataclass
+class TrainingConfig:
+    """One run of the loop (§2.5–2.6)."""
+
+    num_steps: int = 100_000
+    batch_size: int = 1_024  # rows of `sequence_length` tokens in one optimizer step
+    micro_batches: int = 1  # the batch is split into this many, one after the other
+    compute_dtype: str = "bfloat16"
+    max_z_weight: float = 2e-4  # Eq. 1
+    loss_chunk: int = 2_048  # tokens whose logits exist at one time on a device
+    remat: str = "full"  # see model.transformer.REMAT_POLICIES
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 1_000
+    eval_batches: int = 32
+    profile_start: int = -1  # first step of the profiler window; -1: none
+    profile_steps: int = 5
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    """What is kept, and what a run starts from."""
+
+    every_steps: int = 1_000  # appendix C
+    keep: int = 3  # the newest ones
+    keep_every_tokens: int = 0  # besides, the first one past every so many tokens; 0: none
+    init_from: str = ""  # continued pre-training: weights of this run's folder, all else fresh
+    accept_changed_data: bool = False  # resume although data, tokenizer or batch changed
+
+
+@dataclasses.dataclass
+class Config:
+    """Everything a training run is made from."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def validate(config: Config) -> None:
+    """Refuses what cannot work, before any long work starts.
+
+    Raises:
+      ValueError: names the field, its value and what would be right.
+    """
+    model, training, optimizer = config.model, config.training, config.optimizer
+    positive = {
+        "model": ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"],
+        "data": ["sequence_length"],
+        "training": ["num_steps", "batch_size", "micro_batches", "loss_chunk", "log_every"],
+        "optimizer": ["learning_rate", "clip_norm", "epsilon"],
+        "checkpoint": ["every_steps", "keep"],
+    }
+    for section, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            _require(value > 0, f"config.{section}.{name}={value} must be positive.")
+    _require(
+        model.hidden_size % model.num_heads == 0,
+        f"config.model.hidden_size={model.hidden_size} must be a multiple of"
+        f" config.model.num_heads={model.num_heads}.",
+    )
+    _require(
+        model.position in ("rope", "alibi"),
+        f"config.model.position={model.position!r} must be 'rope' or 'alibi'.",
+    )
+    _require(
+        model.position == "alibi" or model.head_size % 2 == 0,
+        f"RoPE rotates pairs: config.model.hidden_size / num_heads = {model.head_size} must be"
+        " even.",
+    )
+    _require(
+        training.batch_size % training.micro_batches == 0,
+        f"config.training.batch_size={training.batch_size} must be a multiple of"
+        f" config.training.micro_batches={training.micro_batches}.",
+    )
+    _require(
+        training.compute_dtype in ("bfloat16", "float32"),
+        f"config.training.compute_dtype={training.compute_dtype!r} must be 'bfloat16' or"
+        " 'float32' (float16 overflows: Baichuan 2 was trained in bfloat16).",
+    )
+    _require(
+        0 <= optimizer.warmup_steps <= training.num_steps,
+        f"config.optimizer.warmup_steps={optimizer.warmup_steps} must lie between 0 and"
+        f" config.training.num_steps={training.num_steps}.",
+    )
+    _require(
+        0 <= optimizer.final_learning_rate <= optimizer.learning_rate,
+        f"config.optimizer.final_learning_rate={optimizer.final_learning_rate} must lie between"
+        f" 0 and config.optimizer.learning_rate={optimizer.learning_rate}.",
+    )
+    _require(
+        0 <= config.data.eval_fraction < 1,
+        f"config.data.eval_fraction={config.data.eval_fraction} must be in [0, 1).",
+    )
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as it is written into a run's folder."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(path: epath.PathLike) -> Config:
+    """Reads `config.json` of a run's folder.
+
+    Raises:
+      ValueError: names the file and the field that this version does not know.
+    """
+    fields = json.loads(epath.Path(path).read_text())
+    config = Config()
+    for section, values in fields.items():
+        if not hasattr(config, section):
+            raise ValueError(f"{path}: unknown section {section!r}.")
+        target = getattr(config, section)
+        for name, value in values.items():
+            if not hasattr(target, name):
+                raise ValueError(f"{path}: unknown field {section}.{name}.")
+            setattr(target, name, tuple(value) if isinstance(value, list) else value)
+    return config
