@@ -9,7 +9,6 @@ changes one after `validate`. The defaults are the paper's Baichuan 2 7B
 
 import dataclasses
 import json
-from typing import Optional
 
 from etils import epath
 
@@ -58,7 +57,7 @@ class DataConfig:
     eval_fraction: float = 0.005
     text_field: str = "text"
     language_field: str = "lang"
-    tfds_data_dir: Optional[str] = None
+    tfds_data_dir: str = ""  # where the TFDS datasets are; empty: TFDS's own default
     tokenizer: str = ""  # a SentencePiece .model file
     shards: str = ""  # folder of packed rows; empty: WORKDIR/shards, packed from the sources
     sequence_length: int = 4_096
