@@ -14,6 +14,10 @@ from etils import epath
 
 VOCAB_MULTIPLE = 128
 
+# Mesh axes, slowest links first (§2.7); the batch is divided over the first two.
+BATCH_AXES = ("replica", "fsdp")
+TENSOR_AXIS = "tensor"
+
 
 @dataclasses.dataclass
 class ModelConfig:

@@ -1,0 +1,245 @@
+"""The Baichuan 2 transformer (paper §2.2–2.5): the architecture and nothing else.
+
+Pre-norm blocks of attention and SwiGLU, RMSNorm, RoPE or ALiBi, no bias anywhere,
+and NormHead. Modules are plain pytrees: `jax.jit`, `jax.grad` and `jax.lax.scan`
+work on them as they are.
+
+Beside each weight stands the `PartitionSpec` it is computed with: which dimension
+is split over `tensor`. How it is stored between uses is `parallel.zero`'s affair;
+`use` brings it from there, and its transpose takes the gradient back.
+
+Legend: B batch, T time, S cache slots, D model, F feed-forward, H heads, K head
+width, V vocabulary (padded), L layers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+from jax.ad_checkpoint import checkpoint_name
+
+from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, ModelConfig
+from baichuan_jax.model.attention import attention
+from baichuan_jax.model.position import alibi_slopes, rotate
+
+_ACTIVATION = P(BATCH_AXES, None, None)
+
+# What the backward pass finds saved, beside each layer's input; it recomputes the rest.
+REMAT_POLICIES = {
+    "none": None,  # all is saved
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(
+        "qkv", "attention", "attention_out", "gate_up"
+    ),
+}
+
+
+def place(x: jax.Array, spec: P) -> jax.Array:
+    """Reshards onto `spec` under a mesh; without a mesh there is nothing to do."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, spec)
+
+
+def einsum(equation: str, x: jax.Array, w: jax.Array, spec: P = _ACTIVATION) -> jax.Array:
+    """A contraction whose result is laid out as `spec` on the mesh."""
+    out = None if jax.sharding.get_abstract_mesh().empty else spec
+    return jnp.einsum(equation, x, w, out_sharding=out)
+
+
+def weight(key: jax.Array, shape: tuple[int, ...], spec: P, scale: float) -> nnx.Param:
+    """A float32 matrix from N(0, scale²), computed with as `spec` says."""
+    return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32), spec=spec)
+
+
+def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """The weight as the layer computes with it: cast first, then gathered."""
+    return place(param[...].astype(dtype), param.spec)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Cache:
+    """Keys and values of the tokens so far, in slots that all rows fill in step.
+
+    `segments_BS` is 0 in empty and padding slots, so that nothing attends to them.
+    """
+
+    keys_LBSHK: jax.Array
+    values_LBSHK: jax.Array
+    positions_BS: jax.Array
+    segments_BS: jax.Array
+    filled: jax.Array  # int32 scalar: the slot where the next token goes
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · gain, with float32 statistics."""
+
+    def __init__(self, size: int, epsilon: float):
+        self.gain = nnx.Param(jnp.ones(size, jnp.float32), spec=P(None))
+        self.epsilon = epsilon
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return (x * use(self.gain, jnp.float32)).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention. Q, K and V are split over `tensor` by heads, each for itself."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        D, H, K = config.hidden_size, config.num_heads, config.head_size
+        key_qkv, key_out = jax.random.split(key)
+        scale = config.initializer_range
+        self.qkv = weight(key_qkv, (D, 3, H, K), P(None, None, TENSOR_AXIS, None), scale)
+        self.out = weight(key_out, (H, K, D), P(TENSOR_AXIS, None, None), scale)
+        self.position, self.rope_base = config.position, config.rope_base
+
+    def __call__(self, x_BTD, positions_BT, segments_BT, memory=None):
+        """Attends within `x_BTD`, or to a cache `memory` that holds `x_BTD` afterwards.
+
+        `memory` is (keys_BSHK, values_BSHK, positions_BS, segments_BS, slot); positions and
+        segments already tell of `x_BTD`. Returns the output and the (keys, values) used.
+        """
+        by_head = P(BATCH_AXES, None, None, TENSOR_AXIS, None)
+        qkv = einsum("btd,dnhk->btnhk", x_BTD, use(self.qkv, x_BTD.dtype), by_head)
+        qkv = checkpoint_name(qkv, "qkv")
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        slopes = None
+        if self.position == "rope":
+            q = rotate(q, positions_BT, self.rope_base)
+            k = rotate(k, positions_BT, self.rope_base)
+        else:
+            slopes = jnp.asarray(alibi_slopes(q.shape[2]))
+        k_positions, k_segments = positions_BT, segments_BT
+        if memory is not None:
+            keys, values, k_positions, k_segments, slot = memory
+            k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), slot, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), slot, 1)
+        y = attention(q, k, v, positions_BT, k_positions, segments_BT, k_segments, slopes)
+        y = checkpoint_name(y, "attention")
+        y = einsum("bthk,hkd->btd", y, use(self.out, y.dtype))
+        return checkpoint_name(y, "attention_out"), (k, v)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) · up(x)); gate and up are one matrix product."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        D, F = config.hidden_size, config.intermediate_size
+        key_in, key_out = jax.random.split(key)
+        scale = config.initializer_range
+        self.gate_up = weight(key_in, (D, 2, F), P(None, None, TENSOR_AXIS), scale)
+        self.down = weight(key_out, (F, D), P(TENSOR_AXIS, None), scale)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        split = P(BATCH_AXES, None, None, TENSOR_AXIS)
+        h = einsum("btd,dnf->btnf", x_BTD, use(self.gate_up, x_BTD.dtype), split)
+        h = checkpoint_name(h, "gate_up")
+        h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+        return einsum("btf,fd->btd", h, use(self.down, h.dtype))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer; the same one trains and decodes."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        key_attention, key_mlp = jax.random.split(key)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(key_attention, config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mlp = SwiGLU(key_mlp, config)
+
+    def __call__(self, x_BTD, positions_BT, segments_BT, memory=None):
+        y, keys_values = self.attention(
+            self.attention_norm(x_BTD), positions_BT, segments_BT, memory
+        )
+        x_BTD = x_BTD + y
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_values
+
+
+def norm_head(head_VD: jax.Array) -> jax.Array:
+    """NormHead (§2.5): each row of the head at length one. The stored weight stays raw."""
+    norm = jnp.sqrt(jnp.sum(head_VD * head_VD, axis=-1, keepdims=True))
+    return head_VD / jnp.maximum(norm, 1e-12)
+
+
+class Transformer(nnx.Module):
+    """Tokens to hidden states; `logits` or the training loss take it from there."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        V, D = config.padded_vocab_size, config.hidden_size
+        key_embedding, key_layers, key_head = jax.random.split(key, 3)
+        self.embedding = weight(
+            key_embedding, (V, D), P(None, TENSOR_AXIS), config.initializer_range
+        )
+        layer_keys = jax.random.split(key_layers, config.num_layers)
+        self.layers = jax.vmap(lambda layer_key: Block(layer_key, config))(layer_keys)
+        self.norm = RMSNorm(D, config.norm_epsilon)
+        self.head = weight(key_head, (V, D), P(TENSOR_AXIS, None), config.initializer_range)
+        self.vocab_size, self.norm_head = config.vocab_size, config.norm_head
+
+    def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows of the embedding. Looked up in float32, so that gradients add up in float32."""
+        table = use(self.embedding, jnp.float32)
+        if jax.sharding.get_abstract_mesh().empty:
+            return table[tokens_BT].astype(dtype)
+        rows = table.at[tokens_BT].get(out_sharding=P(BATCH_AXES, None, TENSOR_AXIS))
+        return place(rows.astype(dtype), _ACTIVATION)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        *,
+        dtype: jnp.dtype = jnp.bfloat16,
+        remat: str = "none",
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in `dtype`.
+
+        Args:
+          tokens_BT: int32 ids.
+          positions_BT: int32 positions, restarting in each document of a packed row.
+          segments_BT: int32 documents of a row, 0 for padding; none sees another.
+          dtype: of the computation; weights are cast to it where they are used.
+          remat: a name in REMAT_POLICIES.
+        """
+
+        def body(x, layer):
+            return layer(x, positions_BT, segments_BT)[0], None
+
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
+        x, _ = jax.lax.scan(body, self.embed(tokens_BT, dtype), self.layers)
+        return self.norm(x)
+
+    def decode(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Like `__call__` for tokens that follow those in the cache, which then holds both."""
+        slot = cache.filled
+        positions = jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, positions_BT, slot, 1)
+        segments = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, slot, 1)
+
+        def body(x, layer_and_memory):
+            layer, keys, values = layer_and_memory
+            return layer(x, positions_BT, segments_BT, (keys, values, positions, segments, slot))
+
+        x = self.embed(tokens_BT, cache.keys_LBSHK.dtype)
+        stack = (self.layers, cache.keys_LBSHK, cache.values_LBSHK)
+        x, (keys, values) = jax.lax.scan(body, x, stack)
+        filled = slot + tokens_BT.shape[1]
+        return self.norm(x), Cache(keys, values, positions, segments, filled)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V] of hidden states; padding rows of the table are -inf."""
+        head_VD = self.head[...]
+        if self.norm_head:
+            head_VD = norm_head(head_VD)
+        head_VD = place(head_VD.astype(x_BTD.dtype), self.head.spec)
+        z = einsum("btd,vd->btv", x_BTD, head_VD, P(BATCH_AXES, None, TENSOR_AXIS))
+        real = jnp.arange(z.shape[-1]) < self.vocab_size
+        return jnp.where(real, z.astype(jnp.float32), -jnp.inf)
