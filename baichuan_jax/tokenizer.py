@@ -32,8 +32,8 @@ _SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 _SPECIAL = re.compile(r"<reserved_\d+>|<SEP>|<CLS>")
 
 # Newline is a piece of its own, so a line is all that training has to see at once. The trainer
-# skips a whole sentence that holds U+0000 or U+2585, and takes U+2581 for a space.
-_LINE_END = re.compile("[\n\0\N{LOWER FIVE EIGHTHS BLOCK}" + _SPACE_MARK + "]")
+# skips a whole sentence that holds U+2585, and takes U+2581 for a space.
+_LINE_END = re.compile("[\n\N{LOWER FIVE EIGHTHS BLOCK}" + _SPACE_MARK + "]")
 _MAX_LINE_BYTES = 4_096
 
 _BATCH = 1_024  # documents encoded at one time by `compression_rate`

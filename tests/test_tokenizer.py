@@ -288,12 +288,14 @@ def test_fractional_weight_takes_its_part(tmp_path):
 
 def test_large_corpus_is_sampled_evenly(tmp_path):
     documents = two_sources(2_000)  # the sources alternate: a fixed stride would lose one
-    _, counts = learned(documents, tmp_path, 398, weights={"a": 3}, max_bytes=10_000)
+    documents[2_000:] = [(text.upper(), source) for text, source in documents[2_000:]]
+    found, counts = learned(documents, tmp_path, 404, weights={"a": 3}, max_bytes=10_000)
     used = counts["a"].used_bytes, counts["x"].used_bytes
     assert 9_900 < sum(used) <= 10_000
     assert used[0] / used[1] == pytest.approx(3, rel=0.2)
+    assert set("abcxyzABCXYZ") <= found
     first = (tmp_path / "learned.model").read_bytes()
-    assert learned(documents, tmp_path, 398, weights={"a": 3}, max_bytes=10_000)[1] == counts
+    assert learned(documents, tmp_path, 404, weights={"a": 3}, max_bytes=10_000)[1] == counts
     assert (tmp_path / "learned.model").read_bytes() == first
 
 
