@@ -182,8 +182,8 @@ def validate(config: Config) -> None:
         " 'float32' (float16 overflows: Baichuan 2 was trained in bfloat16).",
     )
     _require(
-        0 <= optimizer.warmup_steps <= training.num_steps,
-        f"config.optimizer.warmup_steps={optimizer.warmup_steps} must lie between 0 and"
+        0 <= optimizer.warmup_steps < training.num_steps,
+        f"config.optimizer.warmup_steps={optimizer.warmup_steps} must be at least 0 and below"
         f" config.training.num_steps={training.num_steps}.",
     )
     _require(

@@ -1,0 +1,197 @@
+"""One training step, the same for every loss: pre-training, and later SFT, reward model, DPO.
+
+A loss is a pure function `(model, batch) -> (sum, count, sums)`: sums over tokens, not
+means, so that adding them up over micro-batches and devices is exact whatever the
+number of tokens in each.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import P
+from jax.sharding import NamedSharding
+
+from baichuan_jax.config import Config, ModelConfig, TrainingConfig
+from baichuan_jax.model.transformer import Transformer
+from baichuan_jax.parallel import zero
+from baichuan_jax.training import optimizer
+from baichuan_jax.training.loss import next_token_loss
+
+Batch = dict[str, jax.Array]
+Loss = Callable[[nnx.Module, Batch], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """All that a step changes: float32 master weights and AdamW's moments."""
+
+    step: jax.Array  # int32: updates made so far
+    model: nnx.Module
+    opt_state: optax.OptState
+
+
+def pretraining_loss(model: ModelConfig, training: TrainingConfig) -> Loss:
+    """Next-token loss of packed rows (see `data.stream` for the batch's arrays)."""
+
+    def loss(module: Transformer, batch: Batch):
+        hidden_BTD = module(
+            batch["tokens"],
+            batch["positions"],
+            batch["segments"],
+            dtype=jnp.dtype(training.compute_dtype),
+            remat=training.remat,
+        )
+        return next_token_loss(
+            hidden_BTD,
+            module.head[...],
+            batch["targets"],
+            batch["mask"],
+            vocab_size=model.vocab_size,
+            use_norm_head=model.norm_head,
+            max_z_weight=training.max_z_weight,
+            chunk=training.loss_chunk,
+        )
+
+    return loss
+
+
+def create_model(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh) -> Transformer:
+    """Random weights, each device making only what it stores; the same on every mesh."""
+
+    def create(key):
+        return Transformer(key, config)
+
+    key = jax.random.key(seed)
+    stored = zero.shardings(jax.eval_shape(create, key), mesh)
+    # Inside a mesh of explicit axes every device would make all of it.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.jit(create, out_shardings=stored)(key)
+
+
+def create_state(
+    model: Transformer, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """A state at step 0; the moments are stored as their weights are."""
+    with jax.set_mesh(mesh):
+        step = jnp.zeros((), jnp.int32, device=NamedSharding(mesh, P()))
+        return TrainState(step, model, jax.jit(tx.init)(model))
+
+
+def abstract_state(
+    config: Config, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of `create_state`'s result, without making it."""
+    key = jax.random.key(0)
+    model = jax.eval_shape(lambda key: Transformer(key, config.model), key)
+    model = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        model,
+        zero.shardings(model, mesh),
+    )
+    with jax.set_mesh(mesh):
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(step, model, jax.eval_shape(tx.init, model))
+
+    def concrete(x):
+        spec = P() if x.sharding is None else x.sharding.spec
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(concrete, state)
+
+
+def gradients(loss: Loss, model: nnx.Module, batches: Batch):
+    """Gradients of the loss per token over all micro-batches, and the sums beside them.
+
+    Args:
+      batches: arrays [micro-batches, rows, …].
+
+    Returns:
+      (gradients, count, sums), with `loss` among the sums.
+    """
+
+    def one(batch):
+        def scalar(model):
+            total, count, sums = loss(model, batch)
+            return total, (count, {"loss": total, **sums})
+
+        (_, (count, sums)), grads = jax.value_and_grad(scalar, has_aux=True)(model)
+        return grads, count, sums
+
+    def add(carry, batch):
+        return jax.tree.map(jnp.add, carry, one(batch)), None
+
+    first = {name: x[0] for name, x in batches.items()}
+    if jax.tree.leaves(batches)[0].shape[0] == 1:
+        grads, count, sums = one(first)
+    else:
+        _, *scalars = jax.eval_shape(one, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars)
+        start = (jax.tree.map(jnp.zeros_like, model), *zeros)
+        (grads, count, sums), _ = jax.lax.scan(add, start, batches)
+    per_token = 1 / jnp.maximum(count, 1)
+    return jax.tree.map(lambda g: g * per_token, grads), count, sums
+
+
+def train_step(
+    state: TrainState,
+    batches: Batch,
+    *,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    clip_norm: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One AdamW update. A step whose loss or gradient is not finite changes no weight.
+
+    Args:
+      batches: arrays [micro-batches, rows, …].
+
+    Returns:
+      The new state and the metrics: sums over tokens as the loss names them, `tokens`,
+      `gradient_norm` before clipping, and `squared_norms` by parameter and layer.
+    """
+    grads, count, sums = gradients(loss, state.model, batches)
+    squares = optimizer.squared_norms(grads)
+    norm = jnp.sqrt(sum(jnp.sum(square) for square in squares.values()))
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+    grads = optimizer.clip(grads, norm, clip_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    model = optax.apply_updates(state.model, updates)
+    new = TrainState(state.step + 1, model, opt_state)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    metrics = {**sums, "tokens": count, "gradient_norm": norm, "squared_norms": squares}
+    return state, metrics
+
+
+def first_nonfinite(loss: Loss, model: nnx.Module, batches: Batch) -> str:
+    """Names the tensor in which NaN or Inf appears first: a weight, the loss, or a gradient.
+
+    Gradients are searched in the order in which the backward pass makes them: the head
+    first, then the layers from the last to the first, then the embedding.
+    """
+
+    def bad(tree):
+        squares = jax.jit(optimizer.squared_norms)(tree)
+        return {name: ~jnp.isfinite(square) for name, square in squares.items()}
+
+    def backward_order(found):
+        for name, flags in found.items():
+            for layer in jnp.flatnonzero(jnp.atleast_1d(flags)).tolist():
+                in_stack = name.startswith("layers.")
+                depth = layer if in_stack else {"embedding": -1}.get(name, 1 << 30)
+                yield depth, f"layer {layer}: {name}" if in_stack else name
+
+    weights = sorted(backward_order(bad(model)))
+    if weights:
+        return f"weight {weights[0][1]}"
+    grads, _, sums = jax.jit(lambda model, batches: gradients(loss, model, batches))(
+        model, batches
+    )
+    if not jnp.isfinite(sums["loss"]):
+        return "the loss of the forward pass (all weights are finite)"
+    found = sorted(backward_order(bad(grads)), reverse=True)
+    return f"gradient of {found[0][1]}" if found else "no tensor on a second look"
