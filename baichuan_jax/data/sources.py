@@ -228,7 +228,7 @@ def _file_rows(file: epath.Path, columns: tuple[str, str], head: bool) -> Iterat
                     yield where, json.loads(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     raise ValueError(_bad_utf8(where, error)) from None
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not valid JSON: {error}.") from None
     else:
         with file.open("rb") as stream:

@@ -107,6 +107,8 @@ BAD_ROWS = {
     b'{"text": "a"}\n[1]\n': "row 2: a row must be an object",
     b'{"text": "a"}\n\n{"body": 1, "id": 2}\n': "row 3: no field 'text'; it has body, id",
     b'{"text": "a"}\n{"text": "b"\n': "row 2: not valid JSON",
+    b'{"text": "a"}\n' + b"[" * 200_000: "row 2: not valid JSON",
+    b'{"text": "a", "n": ' + b"9" * 5_000 + b"}": "row 1: not valid JSON",
     b'{"text": 5}\n': "row 1: 'text' must be a string, not 5",
     b'{"text": "a"}\n{"text": "\xff"}\n': "row 2: byte 11 of it is not UTF-8",
     b'{"text": "ab\\ud800"}\n': "row 1: character 3 of 'text' is a lone surrogate",
@@ -115,7 +117,7 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("content", BAD_ROWS)
+@pytest.mark.parametrize("content", BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_errors_name_file_and_row(tmp_path, content):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
