@@ -1,0 +1,416 @@
+"""Checkpoints: written while training goes on, restored onto any mesh.
+
+A checkpoint is the folder `DIRECTORY/<step>`, written by Orbax and readable with Orbax
+alone: `model` holds the weights and `training` the rest of the state, both as plain
+dictionaries from a name (`layers.attention.qkv`) to an array, and the custom metadata
+hold the run's `meta`. Orbax commits the folder in one move. After that each process hashes its
+share of the files into its own part of a manifest; only when all parts are there is the
+folder a checkpoint. An interrupted save therefore never counts as one, and damage that
+came later is found out before anything is restored.
+
+All processes of a run call every method here at the same point of the program.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import shutil
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+_MANIFEST = "manifest-{:05d}-of-{:05d}.json"  # part and number of parts: one a process
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be read."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use it as a context manager: leaving waits for the last save.
+
+    Args:
+      directory: a folder, local or of an object store, that all processes share.
+      keep: how many of the newest checkpoints are kept.
+      keep_every_tokens: besides, the first checkpoint past every so many tokens; 0: none.
+
+    Raises:
+      CheckpointError: where `directory` cannot be written.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep: int, keep_every_tokens: int = 0):
+        self.directory = _absolute(directory)
+        self._keep, self._keep_every_tokens = keep, keep_every_tokens
+        self._damaged: set[int] = set()  # found out by `restore`
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing: tuple[int, int, concurrent.futures.Future] | None = None
+        problems = _of_all_processes(self._try_to_write())
+        if problems:
+            raise CheckpointError(
+                f"Checkpoints cannot be written to {self.directory}: {problems[0]}. It must be a"
+                " folder that this run may write to."
+            )
+        for path in self._unfinished() if jax.process_index() == 0 else []:
+            logging.warning("%s is what an interrupted save left: it is ignored.", path)
+
+    def _try_to_write(self) -> list[str]:
+        probe = self.directory / f"write-test-{jax.process_index()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_text("This process can write here.")
+            probe.unlink()
+        except Exception as error:  # each file system has its own kinds
+            return [_describe(error)]
+        return []
+
+    def save(self, step: int, state, meta: dict, tokens: int) -> None:
+        """Starts to write a checkpoint and returns when `state` may change again.
+
+        Waits for the save before it, and says so here if that one failed.
+
+        Args:
+          step: of the state; the folder's name.
+          state: a pytree of arrays with an attribute or key `model`.
+          meta: what JSON can hold: the next row, the data's fingerprint, the config, ...
+          tokens: seen so far in training.
+
+        Raises:
+          CheckpointError: of this save or of the one before it; or where a sound checkpoint
+            of this step exists, which is never overwritten.
+        """
+        self.wait()
+        path = self._path(step)
+        if _is_complete(path) and step not in self._damaged:
+            raise CheckpointError(
+                f"{path} holds a checkpoint already, and it is not overwritten. Move it away, or"
+                " write to another directory."
+            )
+        parts = _split(_by_name(state))
+        needed = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
+        context = ocp.Context()
+        context.asynchronous.create_directories_asynchronously = False  # fails here, at once
+        try:
+            with context:
+                response = ocp.save_checkpointables_async(
+                    path, parts, overwrite=True, custom_metadata=meta
+                )
+        except Exception as error:
+            raise self._failure(step, needed, [_describe(error)]) from error
+        self._damaged.discard(step)
+        writing = self._executor.submit(_finish, response, path, step, tokens)
+        self._writing = step, needed, writing
+
+    def wait(self) -> None:
+        """Returns when the last save is a checkpoint, and the superfluous ones are deleted.
+
+        Raises:
+          CheckpointError: where that save failed, in whichever process.
+        """
+        if self._writing is None:
+            return
+        (step, needed, writing), self._writing = self._writing, None
+        error = writing.exception()
+        problems = _of_all_processes([_describe(error)] if error else [])
+        if problems:
+            raise self._failure(step, needed, problems) from error
+        if jax.process_index() == 0:
+            self._delete_superfluous()
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def newest(self) -> int | None:
+        """The newest checkpoint's step, None without any. Its hashes are not looked at."""
+        return max(_steps(self.directory), default=None)
+
+    def restore(self, abstract_state, step: int | None = None):
+        """Reads a checkpoint onto the devices of `abstract_state`.
+
+        Args:
+          abstract_state: the state's tree with shapes, dtypes and shardings in place of arrays,
+            as `jax.eval_shape` gives it. Under `jax.set_mesh` abstract meshes become that mesh,
+            and what has no sharding is replicated.
+          step: which one; by default the newest sound one. Damaged ones are reported.
+
+        Returns:
+          (state, meta), as they were saved, bit for bit.
+
+        Raises:
+          CheckpointError: where no checkpoint is sound; lists what is wrong with each.
+          ValueError: where the state has other parameters, shapes or dtypes than the checkpoint.
+        """
+        path, self._damaged = _newest_sound(self.directory, step)
+        parts = _split(_by_name(abstract_state))
+        for name, part in parts.items():
+            _check_fit(path, name, part, exact=True)
+        logging.info("Restores %s.", path)
+        parts = ocp.load_checkpointables(path, jax.tree.map(_concrete, parts))
+        arrays = _join(parts)
+        leaves = [arrays[name] for name in _by_name(abstract_state)]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return state, ocp.checkpointables_metadata(path).custom_metadata
+
+    def _path(self, step: int) -> epath.Path:
+        return self.directory / f"{step:08d}"
+
+    def _unfinished(self) -> list[epath.Path]:
+        """Folders of saves, or of deletions, that did not come to their end."""
+        folders = [p for p in self.directory.iterdir() if p.name.split(".")[0].isdigit()]
+        return sorted(p for p in folders if not (p.name.isdigit() and _is_complete(p)))
+
+    def _failure(self, step: int, needed: int, problems: list[str]) -> CheckpointError:
+        """The error of a save, after clearing away what it left."""
+        if jax.process_index() == 0:
+            for path in self._unfinished():
+                if int(path.name.split(".")[0]) == step:
+                    _delete(path)
+        free = "an unknown number"
+        if "://" not in str(self.directory):
+            free = f"{shutil.disk_usage(self.directory).free:,}"
+        before = self.newest()
+        intact = "There is no earlier checkpoint."
+        if before is not None:
+            intact = f"The newest checkpoint before it, {self._path(before)}, is intact."
+        return CheckpointError(
+            f"The checkpoint of step {step} could not be written to {self.directory}:"
+            f" {'; '.join(problems)}. It needs about {needed:,} bytes, and {free} are free."
+            f" {intact}"
+        )
+
+    def _delete_superfluous(self) -> None:
+        """Deletes checkpoints that need not be kept, and what interrupted saves left.
+
+        Damaged checkpoints do not count among those that are kept, nor are they deleted.
+        """
+        sound = {}  # step → tokens
+        for step in _steps(self.directory):
+            if step not in self._damaged and not _problems(self._path(step)):
+                sound[step], _ = _read_manifest(self._path(step))
+        kept = set(list(sound)[-self._keep :])
+        passed = 0
+        for step, tokens in sound.items():
+            if self._keep_every_tokens and tokens // self._keep_every_tokens > passed:
+                passed = tokens // self._keep_every_tokens
+                kept.add(step)
+        superfluous = [self._path(step) for step in sound if step not in kept]
+        for path in superfluous + self._unfinished():
+            _delete(path)
+
+
+def restore_model(directory: epath.PathLike, abstract_model, step: int | None = None):
+    """Reads only the model's weights: for continued pre-training and for inference.
+
+    Args:
+      directory: of the checkpoints.
+      abstract_model: as in `Checkpoints.restore`; the weights are cast to its dtypes.
+      step: which one; by default the newest whose weights are sound.
+
+    Raises:
+      CheckpointError: where no checkpoint is sound; lists what is wrong with each.
+      ValueError: where the model has other parameters or shapes than the checkpoint.
+    """
+    path, _ = _newest_sound(_absolute(directory), step, without="training/")
+    named = _by_name(abstract_model)
+    _check_fit(path, "model", named, exact=False)
+    logging.info("Restores the weights of %s.", path)
+    named = ocp.load_checkpointables(path, {"model": jax.tree.map(_concrete, named)})["model"]
+    leaves = [named[name] for name in _by_name(abstract_model)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_model), leaves)
+
+
+def _by_name(tree) -> dict:
+    """The leaves by their place in the tree, the same in each version of Flax and Optax."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return {
+        name.removesuffix(".value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)
+    }
+
+
+def _split(named: dict) -> dict[str, dict]:
+    """The model's weights, and all else of the state: they can be read one without the other."""
+    parts = {"model": {}, "training": {}}
+    for name, leaf in named.items():
+        inside = name.removeprefix("model.")
+        parts["training" if inside == name else "model"][inside] = leaf
+    return {part: leaves for part, leaves in parts.items() if leaves}  # Orbax wants no empty one
+
+
+def _join(parts: dict[str, dict]) -> dict:
+    model = {f"model.{name}": leaf for name, leaf in parts["model"].items()}
+    return model | parts.get("training", {})
+
+
+def _concrete(leaf) -> jax.ShapeDtypeStruct:
+    """The leaf with a sharding that names devices; see `Checkpoints.restore`."""
+    mesh, sharding = jax.sharding.get_mesh(), leaf.sharding
+    if sharding is None and mesh.empty:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    elif sharding is None:
+        sharding = jax.sharding.NamedSharding(mesh, jax.P())
+    elif isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+        sharding = jax.sharding.NamedSharding(mesh, sharding.spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_fit(path: epath.Path, part: str, named: dict, exact: bool) -> None:
+    """Refuses a tree that the checkpoint does not hold; `exact` minds dtypes, too."""
+    saved = ocp.metadata(path, part).metadata
+    for name in sorted(saved.keys() | named.keys()):
+        where = f"{path}: {part} {name}"
+        if name not in named:
+            raise ValueError(f"{where} is in the checkpoint, but not in the state to restore.")
+        if name not in saved:
+            raise ValueError(f"{where} is in the state to restore, but not in the checkpoint.")
+        for what in ["shape", "dtype"] if exact else ["shape"]:
+            there, here = getattr(saved[name], what), getattr(named[name], what)
+            if there != here:
+                raise ValueError(
+                    f"{where} has {what} {there} in the checkpoint, but {here} in the state to"
+                    " restore: they come from different configs."
+                )
+
+
+def _finish(response, path: epath.Path, step: int, tokens: int) -> None:
+    """In the background: awaits Orbax's commit, then hashes this process's share of the files."""
+    response.result()
+    index, count = jax.process_index(), jax.process_count()
+    files = {}
+    for name in _files(path)[index::count]:
+        files[name] = {"bytes": (path / name).stat().length, "sha256": _hash(path / name)}
+    part = path / _MANIFEST.format(index, count)
+    partial = path / f"{part.name}.partial"
+    partial.write_text(json.dumps({"step": step, "tokens": tokens, "files": files}, indent=1))
+    partial.replace(part)
+
+
+def _hash(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files(path: epath.Path, without: str = " ") -> list[str]:
+    """The files of a checkpoint, relative to it, in order; no manifest, nothing `without`."""
+    files = [folder / name for folder, _, names in path.walk() for name in names]
+    names = [file.relative_to(path).as_posix() for file in files]
+    return sorted(name for name in names if not name.startswith(("manifest-", without)))
+
+
+def _is_complete(path: epath.Path) -> bool:
+    """Whether the manifest has all its parts."""
+    first = next(path.glob("manifest-00000-of-*.json"), None)
+    if first is None:
+        return False
+    count = int(first.name.removesuffix(".json").rsplit("-", 1)[1])
+    return all((path / _MANIFEST.format(i, count)).exists() for i in range(count))
+
+
+def _delete(path: epath.Path) -> None:
+    try:
+        # The manifest goes first, so that a deletion cut short leaves no checkpoint.
+        for part in path.glob("manifest-*"):
+            part.unlink()
+        path.rmtree(missing_ok=True)
+    except Exception as error:
+        logging.warning("%s could not be deleted: %s", path, _describe(error))
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """The steps with a complete manifest, in order."""
+    if not directory.exists():
+        return []
+    folders = [path for path in directory.iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in folders if _is_complete(path))
+
+
+def _read_manifest(path: epath.Path, without: str = " ") -> tuple[int, dict]:
+    """Tokens, and {file: {'bytes', 'sha256'}}."""
+    parts = [json.loads(part.read_text()) for part in path.glob("manifest-*.json")]
+    files = {name: entry for part in parts for name, entry in part["files"].items()}
+    wanted = {name: files[name] for name in sorted(files) if not name.startswith(without)}
+    return parts[0]["tokens"], wanted
+
+
+def _problems(path: epath.Path, without: str = " ") -> list[str]:
+    """What is wrong with the manifest or with the files' names and sizes."""
+    if not _is_complete(path):
+        return ["its manifest is missing or incomplete: the save was interrupted"]
+    try:
+        _, expected = _read_manifest(path, without)
+    except Exception as error:
+        return [f"its manifest cannot be read ({_describe(error)})"]
+    present = set(_files(path, without))
+    problems = [f"{name} was added" for name in sorted(present - expected.keys())]
+    problems += [f"{name} is missing" for name in sorted(expected.keys() - present)]
+    for name in sorted(present & expected.keys()):
+        if (size := (path / name).stat().length) != expected[name]["bytes"]:
+            problems.append(f"{name} has {size:,} bytes instead of {expected[name]['bytes']:,}")
+    return problems
+
+
+def _changes(path: epath.Path, without: str) -> list[str]:
+    """What is wrong with the contents of this process's share of the files."""
+    problems = []
+    _, expected = _read_manifest(path, without)
+    for name in list(expected)[jax.process_index() :: jax.process_count()]:
+        try:
+            if _hash(path / name) != expected[name]["sha256"]:
+                problems.append(f"{name} was changed (its hash differs)")
+        except Exception as error:
+            problems.append(f"{name} cannot be read ({_describe(error)})")
+    return problems
+
+
+def _newest_sound(
+    directory: epath.Path, step: int | None, without: str = " "
+) -> tuple[epath.Path, set[int]]:
+    """The newest sound checkpoint, or that of `step`, and the damaged steps met on the way."""
+    folders = [p for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
+    steps = sorted((int(folder.name) for folder in folders), reverse=True)
+    damaged, reports = set(), []
+    for candidate in steps if step is None else [step]:
+        path = directory / f"{candidate:08d}"
+        problems = _of_all_processes(_problems(path, without) or _changes(path, without))
+        if not problems:
+            return path, damaged
+        damaged.add(candidate)
+        reports.append(f"{path}: {'; '.join(dict.fromkeys(problems))}")
+        logging.warning("Not a sound checkpoint: %s.", reports[-1])
+    found = "\n  ".join(reports) or "it holds none"
+    raise CheckpointError(f"No sound checkpoint in {directory}:\n  {found}")
+
+
+def _of_all_processes(lines: list[str]) -> list[str]:
+    """What the processes say, put together, so that all of them decide alike."""
+    if jax.process_count() == 1:
+        return lines
+    text = np.frombuffer(json.dumps(lines).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
+    each = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
+    return [line for lines in each for line in lines]
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    return epath.Path(directory).expanduser().absolute()
