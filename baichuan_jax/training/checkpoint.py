@@ -172,6 +172,11 @@ class Checkpoints:
         folders = [p for p in self.directory.iterdir() if p.name.split(".")[0].isdigit()]
         return sorted(p for p in folders if not (p.name.isdigit() and _is_complete(p)))
 
+    def _sound(self) -> list[int]:
+        """The steps that are sound, in order, as far as is known without reading all of them."""
+        steps = [step for step in _steps(self.directory) if step not in self._damaged]
+        return [step for step in steps if not _problems(self._path(step))]
+
     def _failure(self, step: int, needed: int, problems: list[str]) -> CheckpointError:
         """The error of a save, after clearing away what it left."""
         if jax.process_index() == 0:
@@ -181,10 +186,9 @@ class Checkpoints:
         free = "an unknown number"
         if "://" not in str(self.directory):
             free = f"{shutil.disk_usage(self.directory).free:,}"
-        before = self.newest()
         intact = "There is no earlier checkpoint."
-        if before is not None:
-            intact = f"The newest checkpoint before it, {self._path(before)}, is intact."
+        if sound := self._sound():
+            intact = f"The newest checkpoint, {self._path(sound[-1])}, is intact."
         return CheckpointError(
             f"The checkpoint of step {step} could not be written to {self.directory}:"
             f" {'; '.join(problems)}. It needs about {needed:,} bytes, and {free} are free."
@@ -196,13 +200,11 @@ class Checkpoints:
 
         Damaged checkpoints do not count among those that are kept, nor are they deleted.
         """
-        sound = {}  # step → tokens
-        for step in _steps(self.directory):
-            if step not in self._damaged and not _problems(self._path(step)):
-                sound[step], _ = _read_manifest(self._path(step))
-        kept = set(list(sound)[-self._keep :])
+        sound = self._sound()
+        kept = set(sound[-self._keep :])
         passed = 0
-        for step, tokens in sound.items():
+        for step in sound:
+            tokens, _ = _read_manifest(self._path(step))
             if self._keep_every_tokens and tokens // self._keep_every_tokens > passed:
                 passed = tokens // self._keep_every_tokens
                 kept.add(step)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -365,3 +367,73 @@ def test_a_full_disk_is_a_clear_error_that_loses_nothing(tmp_path):
     assert is_intact
     assert newest == 3
     assert [p.name for p in tmp_path.iterdir()] == ["00000003"]
+
+
+TWO_PROCESSES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import multihost_utils
+from pathlib import Path
+from baichuan_jax.training import checkpoint
+
+directory, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+mesh = jax.make_mesh((2,), ("fsdp",))
+jax.set_mesh(mesh)
+split = jax.NamedSharding(mesh, jax.P("fsdp"))
+
+def state(seed):
+    x = np.random.default_rng(seed).normal(size=(4, 1_000)).astype(np.float32)
+    return {"model": {"w": jax.make_array_from_callback(x.shape, split, lambda i: x[i])}}
+
+checkpoints = checkpoint.Checkpoints(directory, keep=2)
+for step in (1, 2, 3):
+    checkpoints.save(step, state(step), {}, tokens=step)
+checkpoints.wait()
+if index == 0:
+    assert sorted(p.name for p in directory.iterdir()) == ["00000002", "00000003"]
+    assert len(list(directory.glob("00000003/manifest-*"))) == 2
+    largest = max(directory.glob("00000003/model/*/d/*"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(b"?" + largest.read_bytes()[1:])
+multihost_utils.sync_global_devices("damaged")
+w = jax.ShapeDtypeStruct((4, 1_000), jnp.float32, sharding=split)
+restored, _ = checkpoints.restore({"model": {"w": w}})
+mine = restored["model"]["w"].addressable_data(0)
+assert (np.asarray(mine) == np.asarray(state(2)["model"]["w"].addressable_data(0))).all()
+
+if index == 1:
+    def fail(path):
+        raise OSError("quota exceeded")
+    checkpoint._hash = fail
+checkpoints.save(4, state(4), {}, tokens=4)
+try:
+    checkpoints.wait()
+except checkpoint.CheckpointError as error:
+    assert "quota exceeded" in str(error) and "00000002, is intact" in str(error)
+    print("agreed")
+"""
+
+
+def unused_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    port = str(unused_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), port, str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"XLA_FLAGS": ""},
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert out.endswith("agreed\n"), err[-2_000:]
