@@ -14,6 +14,9 @@ from etils import epath
 
 VOCAB_MULTIPLE = 128
 
+# What the backward pass finds saved beside each layer's input; it recomputes the rest.
+REMAT_POLICIES = ("none", "full", "attention", "matmuls")
+
 # Mesh axes, slowest links first (§2.7); the batch is divided over the first two.
 BATCH_AXES = ("replica", "fsdp")
 TENSOR_AXIS = "tensor"
@@ -102,7 +105,7 @@ class TrainingConfig:
     compute_dtype: str = "bfloat16"
     max_z_weight: float = 2e-4  # Eq. 1
     loss_chunk: int = 2_048  # tokens whose logits exist at one time on a device
-    remat: str = "full"  # see model.transformer.REMAT_POLICIES
+    remat: str = "full"  # one of REMAT_POLICIES
     seed: int = 0
     log_every: int = 10
     eval_every: int = 1_000
@@ -180,6 +183,10 @@ def validate(config: Config) -> None:
         training.compute_dtype in ("bfloat16", "float32"),
         f"config.training.compute_dtype={training.compute_dtype!r} must be 'bfloat16' or"
         " 'float32' (float16 overflows: Baichuan 2 was trained in bfloat16).",
+    )
+    _require(
+        training.remat in REMAT_POLICIES,
+        f"config.training.remat={training.remat!r} must be one of {REMAT_POLICIES}.",
     )
     _require(
         0 <= optimizer.warmup_steps < training.num_steps,

@@ -26,14 +26,11 @@ from baichuan_jax.model.position import alibi_slopes, rotate
 
 _ACTIVATION = P(BATCH_AXES, None, None)
 
-# What the backward pass finds saved, beside each layer's input; it recomputes the rest.
-REMAT_POLICIES = {
-    "none": None,  # all is saved
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
-    "matmuls": jax.checkpoint_policies.save_only_these_names(
-        "qkv", "attention", "attention_out", "gate_up"
-    ),
+# The tensors that each of config.REMAT_POLICIES saves; 'none' saves all.
+_SAVED = {
+    "full": (),
+    "attention": ("qkv", "attention"),
+    "matmuls": ("qkv", "attention", "attention_out", "gate_up"),
 }
 
 
@@ -205,14 +202,15 @@ class Transformer(nnx.Module):
           positions_BT: int32 positions, restarting in each document of a packed row.
           segments_BT: int32 documents of a row, 0 for padding; none sees another.
           dtype: of the computation; weights are cast to it where they are used.
-          remat: a name in REMAT_POLICIES.
+          remat: one of config.REMAT_POLICIES.
         """
 
         def body(x, layer):
             return layer(x, positions_BT, segments_BT)[0], None
 
         if remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat])
+            save = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
+            body = jax.checkpoint(body, policy=save)
         x, _ = jax.lax.scan(body, self.embed(tokens_BT, dtype), self.layers)
         return self.norm(x)
 

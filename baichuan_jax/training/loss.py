@@ -158,9 +158,7 @@ def _sums_and_gradients(
         d_hidden_CD = jax.lax.psum(
             jnp.einsum("cv,vd->cd", d_z_CV, head_VD, preferred_element_type=jnp.float32), tensor
         )
-        d_head_VD += jnp.einsum(
-            "cv,cd->vd", d_z_CV, hidden_CD, preferred_element_type=jnp.float32
-        )
+        d_head_VD += jnp.einsum("cv,cd->vd", d_z_CV, hidden_CD, preferred_element_type=jnp.float32)
         sums = jax.tree.map(jnp.add, sums, terms)
         return (sums, d_head_VD), d_hidden_CD.astype(hidden_CD.dtype)
 

@@ -188,9 +188,7 @@ def first_nonfinite(loss: Loss, model: nnx.Module, batches: Batch) -> str:
     weights = sorted(backward_order(bad(model)))
     if weights:
         return f"weight {weights[0][1]}"
-    grads, _, sums = jax.jit(lambda model, batches: gradients(loss, model, batches))(
-        model, batches
-    )
+    grads, _, sums = jax.jit(lambda model, batches: gradients(loss, model, batches))(model, batches)
     if not jnp.isfinite(sums["loss"]):
         return "the loss of the forward pass (all weights are finite)"
     found = sorted(backward_order(bad(grads)), reverse=True)

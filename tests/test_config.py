@@ -1,0 +1,61 @@
+"""Settings: what is refused, and with which words."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from baichuan_jax import config as config_module
+from baichuan_jax.config import Config, from_json, to_json, validate
+
+RECIPES = sorted(
+    path.stem for path in Path(__file__).parents[1].glob("configs/*.py") if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_valid_and_says_how_to_run_it(recipe):
+    module = importlib.import_module(f"configs.{recipe}")
+    validate(module.get_config())
+    for word in ("paper", "Command", "Hardware", "Expected"):
+        assert word in module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "message"),
+    [
+        ("model", "num_heads", 33, "multiple of config.model.num_heads=33"),
+        ("model", "position", "sinus", "'rope' or 'alibi'"),
+        ("model", "num_heads", 4_096, "must be even"),
+        ("model", "num_layers", 0, "config.model.num_layers=0 must be positive"),
+        ("training", "micro_batches", 3, "multiple of config.training.micro_batches=3"),
+        ("training", "compute_dtype", "float16", "Baichuan 2 was trained in bfloat16"),
+        ("training", "remat", "some", "config.training.remat='some' must be one of"),
+        ("optimizer", "warmup_steps", 200_000, "below config.training.num_steps"),
+        ("optimizer", "final_learning_rate", 1.0, "between 0 and config.optimizer.learning_rate"),
+        ("data", "eval_fraction", 1.5, "config.data.eval_fraction=1.5"),
+        ("data", "sequence_length", -1, "config.data.sequence_length=-1 must be positive"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(section, name, value, message):
+    config = Config()
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+def test_json_round_trip(tmp_path):
+    config = Config()
+    config.data.sources = ("a=/x", "b=/y")
+    config.optimizer.learning_rate = 1e-3
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert from_json(path) == config
+    path.write_text('{"model": {"depth": 3}}')
+    with pytest.raises(ValueError, match=r"config.json: unknown field model.depth"):
+        from_json(path)
+
+
+def test_the_released_vocabulary_needs_no_padding():
+    assert config_module.ModelConfig().padded_vocab_size == 125_696
+    assert config_module.ModelConfig(vocab_size=1_000).padded_vocab_size == 1_024
