@@ -14,6 +14,7 @@ All processes of a run call every method here at the same point of the program.
 import concurrent.futures
 import hashlib
 import json
+import re
 import shutil
 
 import jax
@@ -24,6 +25,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 _MANIFEST = "manifest-{:05d}-of-{:05d}.json"  # part and number of parts: one a process
+_FOLDER = re.compile(r"(\d{8,})(\.orbax-checkpoint-tmp.*)?")
 
 
 class CheckpointError(RuntimeError):
@@ -54,8 +56,12 @@ class Checkpoints:
                 f"Checkpoints cannot be written to {self.directory}: {problems[0]}. It must be a"
                 " folder that this run may write to."
             )
-        for path in self._unfinished() if jax.process_index() == 0 else []:
-            logging.warning("%s is what an interrupted save left: it is ignored.", path)
+        for _, path in _unfinished(self.directory) if jax.process_index() == 0 else []:
+            logging.warning(
+                "%s is what an interrupted save left. It is ignored, and deleted after the next"
+                " save.",
+                path,
+            )
 
     def _try_to_write(self) -> list[str]:
         probe = self.directory / f"write-test-{jax.process_index()}"
@@ -150,9 +156,11 @@ class Checkpoints:
           (state, meta), as they were saved, bit for bit.
 
         Raises:
-          CheckpointError: where no checkpoint is sound; lists what is wrong with each.
+          CheckpointError: where no checkpoint is sound; lists what is wrong with each. Or of a
+            save that was under way.
           ValueError: where the state has other parameters, shapes or dtypes than the checkpoint.
         """
+        self.wait()
         path, self._damaged = _newest_sound(self.directory, step)
         parts = _split(_by_name(abstract_state))
         for name, part in parts.items():
@@ -167,11 +175,6 @@ class Checkpoints:
     def _path(self, step: int) -> epath.Path:
         return self.directory / f"{step:08d}"
 
-    def _unfinished(self) -> list[epath.Path]:
-        """Folders of saves, or of deletions, that did not come to their end."""
-        folders = [p for p in self.directory.iterdir() if p.name.split(".")[0].isdigit()]
-        return sorted(p for p in folders if not (p.name.isdigit() and _is_complete(p)))
-
     def _sound(self) -> list[int]:
         """The steps that are sound, in order, as far as is known without reading all of them."""
         steps = [step for step in _steps(self.directory) if step not in self._damaged]
@@ -180,8 +183,8 @@ class Checkpoints:
     def _failure(self, step: int, needed: int, problems: list[str]) -> CheckpointError:
         """The error of a save, after clearing away what it left."""
         if jax.process_index() == 0:
-            for path in self._unfinished():
-                if int(path.name.split(".")[0]) == step:
+            for partial_step, path in _unfinished(self.directory):
+                if partial_step == step:
                     _delete(path)
         free = "an unknown number"
         if "://" not in str(self.directory):
@@ -208,8 +211,10 @@ class Checkpoints:
             if self._keep_every_tokens and tokens // self._keep_every_tokens > passed:
                 passed = tokens // self._keep_every_tokens
                 kept.add(step)
-        superfluous = [self._path(step) for step in sound if step not in kept]
-        for path in superfluous + self._unfinished():
+        for step in sound:
+            if step not in kept:
+                _delete(self._path(step))
+        for _, path in _unfinished(self.directory):
             _delete(path)
 
 
@@ -225,7 +230,7 @@ def restore_model(directory: epath.PathLike, abstract_model, step: int | None = 
       CheckpointError: where no checkpoint is sound; lists what is wrong with each.
       ValueError: where the model has other parameters or shapes than the checkpoint.
     """
-    path, _ = _newest_sound(_absolute(directory), step, without="training/")
+    path, _ = _newest_sound(_absolute(directory), step, without=("training/",))
     named = _by_name(abstract_model)
     _check_fit(path, "model", named, exact=False)
     logging.info("Restores the weights of %s.", path)
@@ -308,11 +313,11 @@ def _hash(path: epath.Path) -> str:
     return digest.hexdigest()
 
 
-def _files(path: epath.Path, without: str = " ") -> list[str]:
+def _files(path: epath.Path, without: tuple[str, ...] = ()) -> list[str]:
     """The files of a checkpoint, relative to it, in order; no manifest, nothing `without`."""
     files = [folder / name for folder, _, names in path.walk() for name in names]
     names = [file.relative_to(path).as_posix() for file in files]
-    return sorted(name for name in names if not name.startswith(("manifest-", without)))
+    return sorted(name for name in names if not name.startswith(("manifest-", *without)))
 
 
 def _is_complete(path: epath.Path) -> bool:
@@ -334,15 +339,25 @@ def _delete(path: epath.Path) -> None:
         logging.warning("%s could not be deleted: %s", path, _describe(error))
 
 
-def _steps(directory: epath.Path) -> list[int]:
-    """The steps with a complete manifest, in order."""
+def _folders(directory: epath.Path) -> list[tuple[int, epath.Path]]:
+    """Step and folder of all saves in order, Orbax's temporary folders among them."""
     if not directory.exists():
         return []
-    folders = [path for path in directory.iterdir() if path.name.isdigit()]
-    return sorted(int(path.name) for path in folders if _is_complete(path))
+    matches = [(_FOLDER.fullmatch(path.name), path) for path in directory.iterdir()]
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def _read_manifest(path: epath.Path, without: str = " ") -> tuple[int, dict]:
+def _steps(directory: epath.Path) -> list[int]:
+    """The steps with a complete manifest, in order."""
+    return [step for step, path in _folders(directory) if _is_complete(path)]
+
+
+def _unfinished(directory: epath.Path) -> list[tuple[int, epath.Path]]:
+    """Step and folder of saves, or of deletions, that did not come to their end."""
+    return [(step, path) for step, path in _folders(directory) if not _is_complete(path)]
+
+
+def _read_manifest(path: epath.Path, without: tuple[str, ...] = ()) -> tuple[int, dict]:
     """Tokens, and {file: {'bytes', 'sha256'}}."""
     parts = [json.loads(part.read_text()) for part in path.glob("manifest-*.json")]
     files = {name: entry for part in parts for name, entry in part["files"].items()}
@@ -350,8 +365,10 @@ def _read_manifest(path: epath.Path, without: str = " ") -> tuple[int, dict]:
     return parts[0]["tokens"], wanted
 
 
-def _problems(path: epath.Path, without: str = " ") -> list[str]:
+def _problems(path: epath.Path, without: tuple[str, ...] = ()) -> list[str]:
     """What is wrong with the manifest or with the files' names and sizes."""
+    if not path.exists():
+        return ["there is no such folder"]
     if not _is_complete(path):
         return ["its manifest is missing or incomplete: the save was interrupted"]
     try:
@@ -367,7 +384,7 @@ def _problems(path: epath.Path, without: str = " ") -> list[str]:
     return problems
 
 
-def _changes(path: epath.Path, without: str) -> list[str]:
+def _changes(path: epath.Path, without: tuple[str, ...]) -> list[str]:
     """What is wrong with the contents of this process's share of the files."""
     problems = []
     _, expected = _read_manifest(path, without)
@@ -381,13 +398,12 @@ def _changes(path: epath.Path, without: str) -> list[str]:
 
 
 def _newest_sound(
-    directory: epath.Path, step: int | None, without: str = " "
+    directory: epath.Path, step: int | None, without: tuple[str, ...] = ()
 ) -> tuple[epath.Path, set[int]]:
     """The newest sound checkpoint, or that of `step`, and the damaged steps met on the way."""
-    folders = [p for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
-    steps = sorted((int(folder.name) for folder in folders), reverse=True)
+    steps = {int(path.name) for _, path in _folders(directory) if path.name.isdigit()}
     damaged, reports = set(), []
-    for candidate in steps if step is None else [step]:
+    for candidate in sorted(steps, reverse=True) if step is None else [step]:
         path = directory / f"{candidate:08d}"
         problems = _of_all_processes(_problems(path, without) or _changes(path, without))
         if not problems:

@@ -292,6 +292,8 @@ def plot(workdir: epath.PathLike) -> list[epath.Path]:
         axes.spines[["top", "right"]].set_visible(False)
         if len(axes.lines) > 1:
             axes.legend(frameon=False)
+        if metric == "learning_rate":
+            axes.ticklabel_format(axis="y", scilimits=(-2, 2))
         if metric == "tokens_per_second":
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(lambda y, _: _count(y))

@@ -223,6 +223,8 @@ def test_without_a_sound_one_the_error_lists_what_is_wrong_with_each(tmp_path, s
             checkpoints.restore(abstract)
         with pytest.raises(CheckpointError, match=r"00000200.*was changed"):
             checkpoints.restore(abstract, step=200)
+        with pytest.raises(CheckpointError, match=r"00000400: there is no such folder"):
+            checkpoints.restore(abstract, step=400)
     for said in ["00000100: ", "bytes instead of", "00000200: ", "was changed", "00000300: "]:
         assert said in str(error.value)
     assert "manifest cannot be read" in str(error.value)
@@ -234,6 +236,7 @@ def test_what_an_interrupted_save_left_is_ignored_then_cleared(tmp_path, states,
     (tmp_path / "00000200" / "manifest-00000-of-00001.json").unlink()  # killed before the manifest
     partial = tmp_path / "00000300.orbax-checkpoint-tmp" / "model"  # killed before the commit
     partial.mkdir(parents=True)
+    (tmp_path / "2024").mkdir()  # somebody's own
     with Checkpoints(tmp_path, keep=9) as checkpoints:
         assert "00000200 is what an interrupted save left" in caplog.text
         assert "00000300.orbax-checkpoint-tmp is what" in caplog.text
@@ -243,7 +246,7 @@ def test_what_an_interrupted_save_left_is_ignored_then_cleared(tmp_path, states,
         checkpoints.save(200, states[2], {}, tokens=2_000)
         checkpoints.wait()
         assert_same(checkpoints.restore(abstract)[0], states[2])
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["00000100", "00000200"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["00000100", "00000200", "2024"]
 
 
 def test_a_directory_without_checkpoints(tmp_path, abstract):
