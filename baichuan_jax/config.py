@@ -109,8 +109,8 @@ class TrainingConfig:
     seed: int = 0
     log_every: int = 10
     eval_every: int = 1_000
-    eval_batches: int = 32
-    profile_start: int = -1  # first step of the profiler window; -1: none
+    eval_batches: int = 32  # 0: all held-out rows
+    profile_start: int = 0  # first step of the profiler window (steps count from 1); 0: none
     profile_steps: int = 5
 
 

@@ -40,17 +40,17 @@ def pretraining_loss(model: ModelConfig, training: TrainingConfig) -> Loss:
 
     def loss(module: Transformer, batch: Batch):
         hidden_BTD = module(
-            batch["tokens"],
-            batch["positions"],
-            batch["segments"],
+            batch["tokens_BT"],
+            batch["positions_BT"],
+            batch["segments_BT"],
             dtype=jnp.dtype(training.compute_dtype),
             remat=training.remat,
         )
         return next_token_loss(
             hidden_BTD,
             module.head[...],
-            batch["targets"],
-            batch["mask"],
+            batch["targets_BT"],
+            batch["mask_BT"],
             vocab_size=model.vocab_size,
             use_norm_head=model.norm_head,
             max_z_weight=training.max_z_weight,
@@ -104,11 +104,12 @@ def abstract_state(
     return jax.tree.map(concrete, state)
 
 
-def gradients(loss: Loss, model: nnx.Module, batches: Batch):
-    """Gradients of the loss per token over all micro-batches, and the sums beside them.
+def gradients(loss: Loss, model: nnx.Module, batch: Batch, micro_batches: int = 1):
+    """Gradients of the loss per token over the batch, and the sums beside them.
 
     Args:
-      batches: arrays [micro-batches, rows, …].
+      batch: arrays [rows, …]. With several micro-batches each device takes every so many-th
+        of its own rows at a time, so that no row moves.
 
     Returns:
       (gradients, count, sums), with `loss` among the sums.
@@ -125,36 +126,44 @@ def gradients(loss: Loss, model: nnx.Module, batches: Batch):
     def add(carry, batch):
         return jax.tree.map(jnp.add, carry, one(batch)), None
 
-    first = {name: x[0] for name, x in batches.items()}
-    if jax.tree.leaves(batches)[0].shape[0] == 1:
-        grads, count, sums = one(first)
+    if micro_batches == 1:
+        grads, count, sums = one(batch)
     else:
-        _, *scalars = jax.eval_shape(one, first)
+        stacked = {name: _split_rows(x, micro_batches) for name, x in batch.items()}
+        _, *scalars = jax.eval_shape(one, {name: x[0] for name, x in stacked.items()})
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars)
         start = (jax.tree.map(jnp.zeros_like, model), *zeros)
-        (grads, count, sums), _ = jax.lax.scan(add, start, batches)
+        (grads, count, sums), _ = jax.lax.scan(add, start, stacked)
     per_token = 1 / jnp.maximum(count, 1)
     return jax.tree.map(lambda g: g * per_token, grads), count, sums
 
 
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[rows, …] to [parts, rows / parts, …], every device keeping its rows."""
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    spec = None
+    if not jax.sharding.get_abstract_mesh().empty:
+        rows, *rest = jax.typeof(x).sharding.spec
+        spec = P(rows, None, *rest)
+    return jnp.swapaxes(jnp.reshape(x, shape, out_sharding=spec), 0, 1)
+
+
 def train_step(
     state: TrainState,
-    batches: Batch,
+    batch: Batch,
     *,
     loss: Loss,
     tx: optax.GradientTransformation,
     clip_norm: float,
+    micro_batches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One AdamW update. A step whose loss or gradient is not finite changes no weight.
-
-    Args:
-      batches: arrays [micro-batches, rows, …].
 
     Returns:
       The new state and the metrics: sums over tokens as the loss names them, `tokens`,
       `gradient_norm` before clipping, and `squared_norms` by parameter and layer.
     """
-    grads, count, sums = gradients(loss, state.model, batches)
+    grads, count, sums = gradients(loss, state.model, batch, micro_batches)
     squares = optimizer.squared_norms(grads)
     norm = jnp.sqrt(sum(jnp.sum(square) for square in squares.values()))
     finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
@@ -167,7 +176,7 @@ def train_step(
     return state, metrics
 
 
-def first_nonfinite(loss: Loss, model: nnx.Module, batches: Batch) -> str:
+def first_nonfinite(loss: Loss, model: nnx.Module, batch: Batch, micro_batches: int = 1) -> str:
     """Names the tensor in which NaN or Inf appears first: a weight, the loss, or a gradient.
 
     Gradients are searched in the order in which the backward pass makes them: the head
@@ -188,7 +197,8 @@ def first_nonfinite(loss: Loss, model: nnx.Module, batches: Batch) -> str:
     weights = sorted(backward_order(bad(model)))
     if weights:
         return f"weight {weights[0][1]}"
-    grads, _, sums = jax.jit(lambda model, batches: gradients(loss, model, batches))(model, batches)
+    again = jax.jit(lambda model, batch: gradients(loss, model, batch, micro_batches))
+    grads, _, sums = again(model, batch)
     if not jnp.isfinite(sums["loss"]):
         return "the loss of the forward pass (all weights are finite)"
     found = sorted(backward_order(bad(grads)), reverse=True)

@@ -34,20 +34,19 @@ def small_config(position="rope"):
     return config
 
 
-def batch_of(index, micro_batches=1):
+def batch_of(index):
     """Two packed documents a row and token counts that differ between the rows."""
     rng = np.random.default_rng(index)
     tokens = rng.integers(0, 30, (B, T + 1)).astype(np.int32)
     cut = int(rng.integers(5, T))
     positions = np.tile(np.concatenate([np.arange(cut), np.arange(T - cut)]), (B, 1))
-    batch = {
-        "tokens": tokens[:, :T],
-        "targets": tokens[:, 1:],
-        "positions": positions.astype(np.int32),
-        "segments": np.tile(1 + (np.arange(T) >= cut), (B, 1)).astype(np.int32),
-        "mask": rng.random((B, T)) < rng.random((B, 1)),
+    return {
+        "tokens_BT": tokens[:, :T],
+        "targets_BT": tokens[:, 1:],
+        "positions_BT": positions.astype(np.int32),
+        "segments_BT": np.tile(1 + (np.arange(T) >= cut), (B, 1)).astype(np.int32),
+        "mask_BT": rng.random((B, T)) < rng.random((B, 1)),
     }
-    return {k: v.reshape(micro_batches, -1, T) for k, v in batch.items()}
 
 
 def run(config, shape=(1, 1, 1), micro_batches=1, steps=20, edit=None):
@@ -58,14 +57,13 @@ def run(config, shape=(1, 1, 1), micro_batches=1, steps=20, edit=None):
     if edit:
         edit(state.model)
     loss = step.pretraining_loss(config.model, config.training)
-    train = jax.jit(
-        functools.partial(step.train_step, loss=loss, tx=tx, clip_norm=0.5), donate_argnums=0
-    )
-    sharding = NamedSharding(mesh, P(None, BATCH_AXES, None))
+    options = {"loss": loss, "tx": tx, "clip_norm": 0.5, "micro_batches": micro_batches}
+    train = jax.jit(functools.partial(step.train_step, **options), donate_argnums=0)
+    sharding = NamedSharding(mesh, P(BATCH_AXES, None))
     losses = []
     with jax.set_mesh(mesh):
         for index in range(steps):
-            batch = jax.device_put(batch_of(index, micro_batches), sharding)
+            batch = jax.device_put(batch_of(index), sharding)
             state, metrics = train(state, batch)
             losses.append(float(metrics["loss"] / metrics["tokens"]))
     return np.array(losses), metrics, state
@@ -124,7 +122,7 @@ def test_update_is_adamw_by_the_book():
     loss = step.pretraining_loss(config.model, config.training)
     with jax.set_mesh(mesh):
         grads, _, _ = jax.jit(lambda m, b: step.gradients(loss, m, b))(
-            model, jax.device_put(batch_of(0), NamedSharding(mesh, P(None, BATCH_AXES, None)))
+            model, jax.device_put(batch_of(0), NamedSharding(mesh, P(BATCH_AXES, None)))
         )
     _, metrics, state = run(config, steps=1)
     settings = config.optimizer
@@ -174,7 +172,7 @@ def test_a_bad_step_changes_nothing_and_names_the_weight():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     loss = step.pretraining_loss(config.model, config.training)
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch_of(0), NamedSharding(mesh, P(None, BATCH_AXES, None)))
+        batch = jax.device_put(batch_of(0), NamedSharding(mesh, P(BATCH_AXES, None)))
         said = step.first_nonfinite(loss, state.model, batch)
     assert said == "weight layer 1: layers.mlp.down"
 
@@ -199,7 +197,7 @@ def test_names_the_first_bad_gradient():
         return plain(module, batch)
 
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch_of(0), NamedSharding(mesh, P(None, BATCH_AXES, None)))
+        batch = jax.device_put(batch_of(0), NamedSharding(mesh, P(BATCH_AXES, None)))
         said = step.first_nonfinite(loss, model, batch)
     assert said == "gradient of layer 0: layers.mlp.down"
 

@@ -1,0 +1,78 @@
+"""Pre-training from a config alone: mesh, tokenizer, packed rows, loop (paper §2)."""
+
+import jax
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from baichuan_jax.config import Config, DataConfig, validate
+from baichuan_jax.data import packing, shards
+from baichuan_jax.data.stream import Stream
+from baichuan_jax.parallel.mesh import check_fit, make_mesh
+from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.training import loop
+from baichuan_jax.training.metrics import Progress
+from baichuan_jax.training.step import TrainState, pretraining_loss
+
+
+def open_data(config: DataConfig, tokenizer: Tokenizer, workdir: epath.PathLike) -> shards.Manifest:
+    """The packed rows: of `config.shards`, or made from `config.sources` in WORKDIR/shards.
+
+    Raises:
+      ValueError: names the field, file or row that is wrong.
+    """
+    if config.shards and not config.sources:
+        return shards.load(
+            config.shards, tokenizer=tokenizer, sequence_length=config.sequence_length
+        )
+    if not config.sources:
+        raise ValueError(
+            "No text to train on: give --config.data.sources=NAME=PATH,… (.jsonl, .parquet, text"
+            " folders, tfds:NAME) or --config.data.shards=DIR with rows that are already packed."
+        )
+    directory = epath.Path(config.shards or epath.Path(workdir) / "shards")
+    if jax.process_index() == 0:
+        with Progress("pack", unit="B") as progress:
+            packing.pack(
+                config,
+                tokenizer,
+                directory,
+                progress=lambda documents, size, tokens: progress.update(
+                    size, documents=f"{documents:,}", tokens=f"{tokens:,}"
+                ),
+            )
+    multihost_utils.sync_global_devices("packed")
+    return shards.load(directory, tokenizer=tokenizer, sequence_length=config.sequence_length)
+
+
+def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
+    """Trains `config.model` on `config.data` in `workdir`, or goes on with a run there.
+
+    Raises:
+      ValueError: before any long work; names the field, file or row that is wrong.
+      NonFiniteError, CheckpointError: see `loop.train`.
+    """
+    validate(config)
+    mesh = make_mesh(config.mesh)
+    training = config.training
+    check_fit(mesh, config.model, training.batch_size // training.micro_batches)
+    if not config.data.tokenizer:
+        raise ValueError(
+            "config.data.tokenizer is empty: give a SentencePiece model, or train one with"
+            " `python -m experiments.train_tokenizer`."
+        )
+    tokenizer = Tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{config.data.tokenizer} has {tokenizer.vocab_size:,} tokens, more than"
+            f" config.model.vocab_size={config.model.vocab_size:,}."
+        )
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    manifest = open_data(config.data, tokenizer, workdir)
+    for reason, count in manifest.dropped.items():
+        logging.warning("%s documents were dropped: %s.", f"{count:,}", reason)
+    stream = Stream(manifest, "train", config.data)
+    held_out = manifest.total("eval", "rows")
+    eval_stream = Stream(manifest, "eval", config.data) if held_out else None
+    loss = pretraining_loss(config.model, training)
+    return loop.train(config, workdir, mesh, loss, stream, eval_stream, tokenizer.token_bytes)

@@ -1,0 +1,45 @@
+"""Pre-trains a model of the family on your own text (paper §2).
+
+  python -m experiments.pretrain --config=configs/baichuan2_7b.py --workdir=DIR \
+    --config.data.sources=zh=/data/zh/*.jsonl.gz,en=/data/en \
+    --config.data.tokenizer=/data/tokenizer.model
+
+Run again with the same --workdir, it goes on from where it was. On several hosts, start
+the same command on each with --coordinator=auto (TPU pods, Slurm) or with --coordinator,
+--num_processes and --process_id.
+"""
+
+import os
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from baichuan_jax.parallel.mesh import start_processes
+from baichuan_jax.training.checkpoint import CheckpointError
+from baichuan_jax.training.loop import NonFiniteError
+from baichuan_jax.training.metrics import plot
+from baichuan_jax.training.pretrain import pretrain
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, local or gs://.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, or 'auto'.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 1, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(_):
+    logging.set_verbosity(logging.INFO)
+    start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    try:
+        pretrain(_CONFIG.value, _WORKDIR.value)
+    except (ValueError, CheckpointError, NonFiniteError) as error:
+        if "BAICHUAN_JAX_TRACEBACK" in os.environ:
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
+    plot(_WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main)
