@@ -185,7 +185,7 @@ class _Recorder:
         self._schedule = optimizer.schedule(config.optimizer, config.training.num_steps)
         self._flops = metrics.flops_per_token(config.model, config.data.sequence_length)
         self._writer = metrics.MetricsWriter(workdir)
-        self._progress = metrics.Progress("train", config.training.num_steps)
+        self._progress = metrics.Progress("train", config.training.num_steps, unit="steps")
         self._before: tuple[float, int] | None = None  # time and tokens
 
     def train(self, where: Position, results: dict) -> bool:

@@ -175,7 +175,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, devices: list) -> floa
 
 
 class Progress:
-    """One line that tells how far a phase is; a context manager.
+    """One line that tells how far a phase is; a context manager. Process 0 prints.
 
     On a terminal the line is rewritten; elsewhere a line is printed every ten seconds at
     most, and the last one always.
@@ -218,7 +218,8 @@ class Progress:
             self._print(self._line, now)
 
     def _print(self, line: str, now: float, last: bool = False) -> None:
-        if now - self._printed < (0.1 if self._rewrites else 10) and not last:
+        too_soon = now - self._printed < (0.1 if self._rewrites else 10)
+        if jax.process_index() or (too_soon and not last):
             return
         self._printed = now
         if self._rewrites:
