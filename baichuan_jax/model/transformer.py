@@ -21,6 +21,7 @@ from jax import P
 from jax.ad_checkpoint import checkpoint_name
 
 from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, ModelConfig
+from baichuan_jax.model import cpu
 from baichuan_jax.model.attention import attention
 from baichuan_jax.model.position import alibi_slopes, rotate
 
@@ -41,8 +42,12 @@ def place(x: jax.Array, spec: P) -> jax.Array:
 
 def einsum(equation: str, x: jax.Array, w: jax.Array, spec: P = _ACTIVATION) -> jax.Array:
     """A contraction whose result is laid out as `spec` on the mesh."""
-    out = None if jax.sharding.get_abstract_mesh().empty else spec
-    return jnp.einsum(equation, x, w, out_sharding=out)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jnp.einsum(equation, x, w)
+    if mesh.abstract_device.platform == "cpu":
+        return cpu.projection(equation, x, w, spec)
+    return jnp.einsum(equation, x, w, out_sharding=spec)
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], spec: P, scale: float) -> nnx.Param:

@@ -6,8 +6,8 @@ computed in the same pass, so that nothing is kept for or recomputed by the back
 pass. Over `tensor` each device holds a slice of the vocabulary: the paper's tensor
 splitting of the cross-entropy.
 
-Legend: N tokens on a device, C tokens of a chunk, B batch, T time, D model, V
-vocabulary (the slice of a device inside the kernel).
+Legend: B batch, T time, C time steps of a chunk, D model, V vocabulary (the slice of a
+device inside the kernel).
 """
 
 import functools
@@ -93,34 +93,37 @@ _chunked_loss.defvjp(_chunked_loss_forward, _chunked_loss_backward)
 
 
 def _chunks(x, chunk: int):
-    """[B, T, …] to [chunks, C, …], padded with zeros: a token that does not count."""
-    x = x.reshape(-1, *x.shape[2:])
-    size = min(chunk, x.shape[0])
-    padding = -x.shape[0] % size
-    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, size, *x.shape[1:])
+    """[B, T, …] to [chunks, B, C, …], padded with zeros: tokens that do not count."""
+    B, T = x.shape[:2]
+    size = min(T, max(1, chunk // B))
+    x = jnp.pad(x, [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
 
-def _chunk_terms(head_VD, hidden_CD, targets_C, mask_C, tensor, vocab_size, max_z_weight):
+def _chunk_terms(head_VD, hidden_BCD, targets_BC, mask_BC, tensor, vocab_size, max_z_weight):
     """Sums of one chunk, and what its gradient is made of."""
     V = head_VD.shape[0]
     first = jax.lax.axis_index(tensor) * V if tensor else 0
     ids_V = first + jnp.arange(V)
-    z_CV = jnp.einsum("cd,vd->cv", hidden_CD, head_VD, preferred_element_type=jnp.float32)
-    z_CV = jnp.where(ids_V < vocab_size, z_CV, -1e30)
-    top_C = jax.lax.pmax(z_CV.max(-1), tensor)
-    e_CV = jnp.exp(z_CV - top_C[:, None])
-    is_target_CV = ids_V == targets_C[:, None]
-    total_C, target_C = jax.lax.psum(
-        (e_CV.sum(-1), jnp.sum(jnp.where(is_target_CV, z_CV, 0.0), -1)), tensor
+    z_BCV = jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+    z_BCV = jnp.where(ids_V < vocab_size, z_BCV, -1e30)
+    top_BC = jax.lax.pmax(z_BCV.max(-1), tensor)
+    e_BCV = jnp.exp(z_BCV - top_BC[..., None])
+    is_target_BCV = ids_V == targets_BC[..., None]
+    total_BC, target_BC = jax.lax.psum(
+        (e_BCV.sum(-1), jnp.sum(jnp.where(is_target_BCV, z_BCV, 0.0), -1)), tensor
     )
-    mask_C = mask_C.astype(jnp.float32)
+    mask_BC = mask_BC.astype(jnp.float32)
     sums = {
-        "cross_entropy": jnp.sum(mask_C * (top_C + jnp.log(total_C) - target_C)),
-        "max_z": jnp.sum(mask_C * max_z_weight * top_C**2),
-        "correct": jnp.sum(mask_C * (target_C == top_C)),
+        "cross_entropy": jnp.sum(mask_BC * (top_BC + jnp.log(total_BC) - target_BC)),
+        "max_z": jnp.sum(mask_BC * max_z_weight * top_BC**2),
+        "correct": jnp.sum(mask_BC * (target_BC == top_BC)),
     }
-    return sums, (z_CV, e_CV, is_target_CV, top_C, total_C, mask_C)
+    return sums, (z_BCV, e_BCV, is_target_BCV, top_BC, total_BC, mask_BC)
+
+
+def _zero_sums():
+    return dict.fromkeys(("cross_entropy", "max_z", "correct"), jnp.zeros((), jnp.float32))
 
 
 def _total(sums, batch):
@@ -135,38 +138,35 @@ def _sums(hidden, head_VD, targets, mask, *, tensor, batch, vocab_size, max_z_we
         terms, _ = _chunk_terms(head_VD, *inputs, tensor, vocab_size, max_z_weight)
         return jax.tree.map(jnp.add, sums, terms), None
 
-    zero = dict.fromkeys(("cross_entropy", "max_z", "correct"), jnp.zeros((), jnp.float32))
     inputs = tuple(_chunks(x, chunk) for x in (hidden, targets, mask))
-    return _total(jax.lax.scan(body, zero, inputs)[0], batch)
+    return _total(jax.lax.scan(body, _zero_sums(), inputs)[0], batch)
 
 
 def _sums_and_gradients(
     hidden_BTD, head_VD, targets, mask, *, tensor, batch, vocab_size, max_z_weight, chunk
 ):
     """The same sums with the gradients of their total by hidden states and head."""
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def body(carry, inputs):
         sums, d_head_VD = carry
-        hidden_CD = inputs[0]
+        hidden_BCD = inputs[0]
         terms, parts = _chunk_terms(head_VD, *inputs, tensor, vocab_size, max_z_weight)
-        z_CV, e_CV, is_target_CV, top_C, total_C, mask_C = parts
-        is_top_CV = z_CV == top_C[:, None]
-        ties_C = jax.lax.psum(is_top_CV.sum(-1, dtype=jnp.float32), tensor)
-        d_top_C = 2 * max_z_weight * top_C / ties_C  # as autodiff shares it among equal maxima
-        d_z_CV = e_CV / total_C[:, None] - is_target_CV + is_top_CV * d_top_C[:, None]
-        d_z_CV = (mask_C[:, None] * d_z_CV).astype(hidden_CD.dtype)
-        d_hidden_CD = jax.lax.psum(
-            jnp.einsum("cv,vd->cd", d_z_CV, head_VD, preferred_element_type=jnp.float32), tensor
-        )
-        d_head_VD += jnp.einsum("cv,cd->vd", d_z_CV, hidden_CD, preferred_element_type=jnp.float32)
+        z_BCV, e_BCV, is_target_BCV, top_BC, total_BC, mask_BC = parts
+        is_top_BCV = z_BCV == top_BC[..., None]
+        ties_BC = jax.lax.psum(is_top_BCV.sum(-1, dtype=jnp.float32), tensor)
+        d_top_BC = 2 * max_z_weight * top_BC / ties_BC  # as autodiff shares it among equal maxima
+        d_z_BCV = e_BCV / total_BC[..., None] - is_target_BCV + is_top_BCV * d_top_BC[..., None]
+        d_z_BCV = (mask_BC[..., None] * d_z_BCV).astype(hidden_BCD.dtype)
+        d_hidden_BCD = jax.lax.psum(multiply("bcv,vd->bcd", d_z_BCV, head_VD), tensor)
+        d_head_VD += multiply("bcv,bcd->vd", d_z_BCV, hidden_BCD)
         sums = jax.tree.map(jnp.add, sums, terms)
-        return (sums, d_head_VD), d_hidden_CD.astype(hidden_CD.dtype)
+        return (sums, d_head_VD), d_hidden_BCD.astype(hidden_BCD.dtype)
 
-    zero = dict.fromkeys(("cross_entropy", "max_z", "correct"), jnp.zeros((), jnp.float32))
     inputs = tuple(_chunks(x, chunk) for x in (hidden_BTD, targets, mask))
-    start = (zero, jnp.zeros(head_VD.shape, jnp.float32))
+    start = (_zero_sums(), jnp.zeros(head_VD.shape, jnp.float32))
     (sums, d_head_VD), d_hidden = jax.lax.scan(body, start, inputs)
     loss, sums = _total(sums, batch)
-    d_hidden = d_hidden.reshape(-1, hidden_BTD.shape[-1])
-    d_hidden = d_hidden[: targets.size].reshape(hidden_BTD.shape)
-    return loss, sums, d_hidden, jax.lax.psum(d_head_VD, batch)
+    B, T, D = hidden_BTD.shape
+    d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
+    return loss, sums, d_hidden_BTD, jax.lax.psum(d_head_VD, batch)

@@ -83,7 +83,7 @@ def write_report(
         f"| unigram (token frequencies) | {unigram['loss']:.3f} | {unigram['bits_per_byte']:.3f} |",
         f"| gzip -9 of the held-out text | | {compressed['bits_per_byte']:.3f} |",
         "",
-        f"Measured on {manifest.total('eval', 'documents'):,} documents that were held out by a hash"
+        f"Measured on {manifest.total('eval', 'documents'):,} documents, held out by a hash"
         " of their text. The first token of a document is not predicted, and its bytes do not"
         " count.",
         "",

@@ -1,0 +1,78 @@
+"""The one rule that exists for speed on a CPU: how a projection's gradients are multiplied.
+
+Why: autodiff writes the weight's gradient of `btd,df->btf` as a product followed by a transpose,
+which XLA's CPU backend runs at half (float32) to a quarter (bfloat16) of the speed of the
+same product asked for directly as `btd,btf->df`. Keeping batch and time as two axes matters too:
+flattened to one, the bfloat16 product falls back to the slow path again.
+
+Measured on 23 November 2026, two cores of an AMD EPYC (Zen 5). The weight's gradient of 1,024
+tokens, 512 -> 1,376, in GFLOP per CPU-second:
+
+| | autodiff | flattened to 2-D | this file |
+|---|---|---|---|
+| jax 0.10.2 float32 / bfloat16 | 109 / 108 | 190 / 184 | 217 / 405 |
+| jax 0.12.0.1 float32 / bfloat16 | 114 / 114 | 198 / 182 | 214 / 442 |
+
+A whole training step of 27 M parameters (4 x 256 tokens, 6 scanned layers, AdamW; the smallest of
+six to ten interleaved steps; jax 0.10.2) against autodiff: 1.25 times as fast in float32, 1.45
+times in bfloat16. No gain: `optimization_barrier` around transposes (XLA turns them back into
+layouts).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def _sharding(x: jax.Array) -> jax.sharding.Sharding | None:
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else sharding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def projection(
+    equation: str, x: jax.Array, w: jax.Array, out_sharding: jax.P | None = None
+) -> jax.Array:
+    """`jnp.einsum(equation, x, w)` whose gradients are products XLA's CPU backend runs fast.
+
+    Sums are in float32 whatever the operands. The values and gradients are those of autodiff up
+    to the order of summation.
+
+    Args:
+      equation: `'btd,df->btf'` and its like: no `...`, no repeated letter within an operand, and
+        every letter in exactly two of the operands and the result, so that each gradient is
+        again one product: the letters of the other two, summed over what they share.
+      x: activations, e.g. [B, T, D] or [B, T, H, K].
+      w: weights, e.g. [D, F], [D, 3, H, K] or [H, K, D]; rounded to x's dtype. Its gradient comes
+        back in its own dtype, so a float32 master weight gets an unrounded one.
+      out_sharding: as in `jnp.einsum`, for a sum over a sharded axis; static.
+
+    Returns:
+      The product in x's dtype.
+    """
+    y = jnp.einsum(
+        equation,
+        x,
+        w.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
+    return y.astype(x.dtype)
+
+
+def _forward(equation, x, w, out_sharding):
+    return projection(equation, x, w, out_sharding), (x, w)
+
+
+def _backward(equation, out_sharding, residuals, g):
+    x, w = residuals
+    operands, y_axes = equation.split("->")
+    x_axes, w_axes = operands.split(",")
+    multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dx = multiply(f"{y_axes},{w_axes}->{x_axes}", g, w.astype(x.dtype), out_sharding=_sharding(x))
+    dw = multiply(f"{x_axes},{y_axes}->{w_axes}", x, g, out_sharding=_sharding(w))
+    return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+projection.defvjp(_forward, _backward)
