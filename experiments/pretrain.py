@@ -12,13 +12,14 @@ the same command on each with --coordinator=auto (TPU pods, Slurm) or with --coo
 import os
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from baichuan_jax.model import cpu
 from baichuan_jax.parallel.mesh import start_processes
 from baichuan_jax.training.checkpoint import CheckpointError
 from baichuan_jax.training.loop import NonFiniteError
-from baichuan_jax.training.metrics import plot
+from baichuan_jax.training.metrics import plot, quiet_logs
 from baichuan_jax.training.pretrain import pretrain
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")
@@ -30,7 +31,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(_):
-    logging.set_verbosity(logging.INFO)
+    quiet_logs()
+    cpu.keep_memory()
     start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
         pretrain(_CONFIG.value, _WORKDIR.value)

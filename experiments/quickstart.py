@@ -15,8 +15,9 @@ from ml_collections import config_flags
 from baichuan_jax import tokenizer as tokenizer_module
 from baichuan_jax.data import sources
 from baichuan_jax.inference.sampling import generate
+from baichuan_jax.model import cpu
 from baichuan_jax.parallel.mesh import make_mesh
-from baichuan_jax.training.metrics import Progress
+from baichuan_jax.training.metrics import Progress, quiet_logs
 from baichuan_jax.training.pretrain import open_data, pretrain
 from baichuan_jax.training.report import baselines, write_report
 
@@ -55,6 +56,8 @@ def train_tokenizer(config, path: Path) -> None:
 
 
 def main(_):
+    quiet_logs()
+    cpu.keep_memory()
     began = time.monotonic()
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The one rule that exists for speed on a CPU: how a projection's gradients are multiplied.
+"""What exists for speed on a CPU alone: a rule for projections, and memory that is kept.
 
-Why: autodiff writes the weight's gradient of `btd,df->btf` as a product followed by a transpose,
-which XLA's CPU backend runs at half (float32) to a quarter (bfloat16) of the speed of the
-same product asked for directly as `btd,btf->df`. Keeping batch and time as two axes matters too:
-flattened to one, the bfloat16 product falls back to the slow path again.
+Why `projection`: autodiff writes the weight's gradient of `btd,df->btf` as a product followed
+by a transpose, which XLA's CPU backend runs at half (float32) to a quarter (bfloat16) of the
+speed of the same product asked for directly as `btd,btf->df`. Keeping batch and time as two
+axes matters too: flattened to one, the bfloat16 product falls back to the slow path again.
 
 Measured on 23 November 2026, two cores of an AMD EPYC (Zen 5). The weight's gradient of 1,024
 tokens, 512 -> 1,376, in GFLOP per CPU-second:
@@ -17,12 +17,49 @@ A whole training step of 27 M parameters (4 x 256 tokens, 6 scanned layers, Adam
 six to ten interleaved steps; jax 0.10.2) against autodiff: 1.25 times as fast in float32, 1.45
 times in bfloat16. No gain: `optimization_barrier` around transposes (XLA turns them back into
 layouts).
+
+Why `keep_memory`: glibc gives each large buffer back to the system when it is freed, and
+the next one is cleared page by page; the step above spends a sixth of its time there.
+
+Why `unroll`: a scan copies each layer's weights out of the stack and its gradients into it,
+a tenth of the step above.
 """
 
+import ctypes
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
+
+
+def keep_memory() -> None:
+    """Lets the process reuse large buffers. For programs that train; before JAX sees a device.
+
+    Does nothing where JAX may use an accelerator, or without glibc.
+    """
+    if jax.config.jax_platforms != "cpu" and _has_accelerator_plugin():
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # of malloc.h
+    mallopt(mmap_threshold, 2_000_000_000)
+    mallopt(trim_threshold, 2_000_000_000)
+    mallopt(arena_max, 1)  # other arenas are too small for large buffers
+
+
+def unroll(num_layers: int) -> int:
+    """How many layers a scan over them should unroll: all of a small model on one CPU, else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size > 1 or mesh.abstract_device.platform != "cpu":
+        return 1
+    return num_layers if num_layers <= 12 else 1
+
+
+def _has_accelerator_plugin() -> bool:
+    return any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
 
 
 def _sharding(x: jax.Array) -> jax.sharding.Sharding | None:

@@ -216,7 +216,9 @@ class Transformer(nnx.Module):
         if remat != "none":
             save = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
             body = jax.checkpoint(body, policy=save)
-        x, _ = jax.lax.scan(body, self.embed(tokens_BT, dtype), self.layers)
+        x = self.embed(tokens_BT, dtype)
+        num_layers = self.layers.mlp_norm.gain.shape[0]
+        x, _ = jax.lax.scan(body, x, self.layers, unroll=cpu.unroll(num_layers))
         return self.norm(x)
 
     def decode(

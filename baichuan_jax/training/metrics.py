@@ -8,6 +8,7 @@ by name, not finite ones as null. TensorBoard events lie beside it.
 import io
 import json
 import math
+import pathlib
 import shutil
 import sys
 import time
@@ -37,6 +38,15 @@ _PEAK_TFLOPS = {
     "TPU v6 lite": 918,
     "TPU7x": 2307 / 2,
 }
+
+
+def quiet_logs() -> None:
+    """Shows this package's messages from INFO on, and others' from WARNING on."""
+    package = str(pathlib.Path(__file__).parents[1])
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(
+        lambda record: record.levelno >= 30 or record.pathname.startswith(package)
+    )
 
 
 class MetricsWriter:
