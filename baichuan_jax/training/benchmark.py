@@ -1,0 +1,244 @@
+"""Training steps timed beside Hugging Face transformers' Llama, step by step in turn.
+
+Each side runs in a process of its own and makes one step when it is told to, so that a
+machine whose speed drifts slows both alike; the ratios of minima and of medians are what
+counts. Both have the same shapes, random tokens, AdamW, clipping, and float32 weights;
+'bfloat16' is the compute dtype here and autocast there.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import P
+from jax.sharding import NamedSharding
+
+from baichuan_jax.config import BATCH_AXES, Config, MeshConfig, ModelConfig
+from baichuan_jax.model import cpu
+from baichuan_jax.parallel.mesh import make_mesh
+from baichuan_jax.training import optimizer
+from baichuan_jax.training import step as step_module
+from baichuan_jax.training.metrics import flops_per_token
+
+WARM_UP = 3  # steps that are not counted
+_GEMM = 1_024  # rows and columns of the product that shows a library's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What both sides train; the defaults have 27 million parameters."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 1_376
+    num_layers: int = 6
+    num_heads: int = 8
+    vocab_size: int = 8_192
+    rows: int = 4
+    sequence_length: int = 256
+    dtype: str = "float32"
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            self.vocab_size,
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_layers,
+            self.num_heads,
+        )
+
+    @property
+    def flops(self) -> float:
+        """Of one step, by the causal convention."""
+        per_token = flops_per_token(self.model, self.sequence_length)
+        return per_token * self.rows * self.sequence_length
+
+
+def our_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
+    """This project's training step, and a matrix product; each returns its seconds."""
+    cpu.keep_memory()
+    config = Config(model=shape.model)
+    config.training.compute_dtype, config.training.remat = shape.dtype, "none"
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    model = step_module.create_model(config.model, 0, mesh)
+    state = step_module.create_state(model, tx, mesh)
+    loss = step_module.pretraining_loss(config.model, config.training)
+    options = {"loss": loss, "tx": tx, "clip_norm": config.optimizer.clip_norm}
+    run = jax.jit(functools.partial(step_module.train_step, **options), donate_argnums=0)
+    T = shape.sequence_length
+    text = np.random.default_rng(0).integers(0, shape.vocab_size, (shape.rows, T + 1), np.int32)
+    ones = np.ones((shape.rows, T), np.int32)
+    batch = {
+        "tokens_BT": text[:, :T],
+        "targets_BT": text[:, 1:],
+        "segments_BT": ones,
+        "positions_BT": ones * np.arange(T, dtype=np.int32),
+        "mask_BT": ones > 0,
+    }
+    batch = jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES, None)))
+    multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+    square = jnp.ones((_GEMM, _GEMM), shape.dtype)
+
+    def train() -> float:
+        nonlocal state
+        began = time.perf_counter()
+        with jax.set_mesh(mesh):
+            state, metrics = run(state, batch)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - began
+
+    def product() -> float:
+        began = time.perf_counter()
+        multiply(square, square).block_until_ready()
+        return time.perf_counter() - began
+
+    return train, product
+
+
+def their_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
+    """The same of transformers' LlamaForCausalLM with fused AdamW in PyTorch."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count())
+    dtype = getattr(torch, shape.dtype)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            max_position_embeddings=shape.sequence_length,
+            tie_word_embeddings=False,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    ).to(device)
+    adamw = torch.optim.AdamW(
+        model.parameters(), 2e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    tokens = torch.randint(0, shape.vocab_size, (shape.rows, shape.sequence_length), device=device)
+    square = torch.ones(_GEMM, _GEMM, dtype=dtype, device=device)
+
+    def timed(work: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def train() -> None:
+        adamw.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        adamw.step()
+
+    return lambda: timed(train), lambda: timed(lambda: torch.mm(square, square))
+
+
+_SIDES = {"ours": our_step, "transformers": their_step}
+
+
+def serve(side: str, shape: Shape) -> None:
+    """A worker: for each line 'train' or 'product' on standard input, prints its seconds."""
+    train, product = _SIDES[side](shape)
+    for line in sys.stdin:
+        print(train() if line.strip() == "train" else product(), flush=True)
+
+
+class _Worker:
+    """A side in a process of its own."""
+
+    def __init__(self, side: str, shape: Shape):
+        call = f"benchmark.serve({side!r}, benchmark.Shape(**{dataclasses.asdict(shape)!r}))"
+        code = f"from baichuan_jax.training import benchmark; {call}"
+        # Threads of OpenMP that spin after their work would slow the other side.
+        quiet = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | quiet,
+        )
+
+    def seconds(self, what: str) -> float:
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("The benchmark's worker ended; its error stands above.")
+        return float(json.loads(answer))
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(shape: Shape, steps: int, sides: list[str] | None = None) -> dict[str, dict]:
+    """Times the sides in turn.
+
+    Returns:
+      By side: `train`, the seconds of `steps` steps, and `gemm`, the FLOP/s of the best of
+      as many matrix products of 1,024 rows and columns: a limit that no step passes.
+    """
+    if sides is None:
+        installed = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+        sides = list(_SIDES) if installed else ["ours"]
+    workers = {side: _Worker(side, shape) for side in sides}
+    results = {side: {"train": [], "product": []} for side in sides}
+    try:
+        for number in range(WARM_UP + steps):
+            for side, worker in workers.items():
+                for what, seconds in results[side].items():
+                    took = worker.seconds(what)
+                    if number >= WARM_UP:
+                        seconds.append(took)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {
+        side: {"train": result["train"], "gemm": 2 * _GEMM**3 / min(result["product"])}
+        for side, result in results.items()
+    }
+
+
+def table(shape: Shape, results: dict[str, dict]) -> str:
+    """The results as text, with the ratios where there are two sides."""
+    lines = [
+        f"{shape.dtype}: hidden {shape.hidden_size}, layers {shape.num_layers}, vocabulary"
+        f" {shape.vocab_size:,}, {shape.rows} × {shape.sequence_length} tokens,"
+        f" {shape.flops / 1e9:,.0f} GFLOP a step",
+        f"{'':14}{'min s':>9}{'median s':>10}{'GFLOP/s':>9}{'GEMM GFLOP/s':>14}{'share':>7}",
+    ]
+    for side, result in results.items():
+        least = min(result["train"])
+        rate, limit = shape.flops / least, result["gemm"]
+        lines.append(
+            f"{side:14}{least:9.4f}{statistics.median(result['train']):10.4f}{rate / 1e9:9.0f}"
+            f"{limit / 1e9:14.0f}{rate / limit:7.0%}"
+        )
+    if len(results) == 2:
+        ours, theirs = (result["train"] for result in results.values())
+        lines.append(
+            f"ours is {min(theirs) / min(ours):.2f}× as fast by the minima,"
+            f" {statistics.median(theirs) / statistics.median(ours):.2f}× by the medians"
+        )
+    else:
+        lines.append("For the comparison: pip install -e '.[oracle]' (torch and transformers).")
+    return "\n".join(lines)
