@@ -30,7 +30,7 @@ def test_our_side_runs():
 
 def test_a_worker_that_fails_is_reported():
     with pytest.raises(RuntimeError, match="worker ended"):
-        benchmark.compare(benchmark.Shape(33, 48, 2, 2, 128, 2, 16), 1, ["ours"])
+        benchmark.compare(benchmark.Shape(32, 48, 2, 2, 128, 2, 16, "float99"), 1, ["ours"])
 
 
 @pytest.mark.oracle
