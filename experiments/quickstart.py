@@ -13,12 +13,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from baichuan_jax import tokenizer as tokenizer_module
-from baichuan_jax.data import sources
+from baichuan_jax.data import shards, sources
 from baichuan_jax.inference.sampling import generate
 from baichuan_jax.model import cpu
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.training.metrics import Progress, quiet_logs
-from baichuan_jax.training.pretrain import open_data, pretrain
+from baichuan_jax.training.pretrain import pretrain
 from baichuan_jax.training.report import baselines, write_report
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.")
@@ -46,7 +46,8 @@ def train_tokenizer(config, path: Path) -> None:
     """Trains the tokenizer unless an earlier run did."""
     if path.exists():
         return
-    with Progress("tokenizer", unit="B") as progress:
+    total = sources.expected_bytes(config.data.sources)
+    with Progress("tokenizer", total, unit="B") as progress:
         size, texts = 0, []
         for document in sources.documents(config.data.sources):
             size += len(document.text.encode())
@@ -72,7 +73,8 @@ def main(_):
     samples = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(PROMPTS, new, strict=True)]
     for prompt, continuation in samples:
         print(f"\n{prompt}⟶{continuation}")
-    manifest = open_data(config.data, tokenizer, workdir)
+    length = config.data.sequence_length
+    manifest = shards.load(workdir / "shards", tokenizer=tokenizer, sequence_length=length)
     parameters = sum(x.size for x in jax.tree.leaves(state.model))
     compared = baselines(manifest, config, tokenizer)
     path = write_report(workdir, config, parameters, manifest, compared, samples, NEXT)

@@ -152,6 +152,28 @@ def stamp(sources: str | Iterable[str], tfds_data_dir: str = "") -> str:
     return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
 
 
+def expected_bytes(sources: str | Iterable[str]) -> int | None:
+    """About how much UTF-8 text the sources hold, to show how far a pass over them is.
+
+    None where that cannot be told without reading: compressed files, Parquet, TFDS.
+    """
+    total = 0
+    for source in split(sources):
+        if match := _EMBEDDED.fullmatch(source):
+            from baichuan_jax.data import embedded
+
+            total += int(match["bytes"] or embedded.DEFAULT_BYTES)
+            continue
+        _, path = _name_and_path(source)
+        if _TFDS.fullmatch(path):
+            return None
+        files = _files(path)
+        if any(file.name.endswith((".gz", ".zst", ".parquet")) for file in files):
+            return None
+        total += sum(file.stat().length for file in files)
+    return total
+
+
 def _name_and_path(source: str) -> tuple[str, str]:
     """`NAME=PATH` or `PATH`; a '/' before the '=' belongs to a path."""
     name, equals, path = source.partition("=")

@@ -6,7 +6,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from baichuan_jax.config import Config, DataConfig, validate
-from baichuan_jax.data import packing, shards
+from baichuan_jax.data import packing, shards, sources
 from baichuan_jax.data.stream import Stream
 from baichuan_jax.parallel.mesh import check_fit, make_mesh
 from baichuan_jax.tokenizer import Tokenizer
@@ -32,7 +32,8 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, workdir: epath.PathLike)
         )
     directory = epath.Path(config.shards or epath.Path(workdir) / "shards")
     if jax.process_index() == 0:
-        with Progress("pack", unit="B") as progress:
+        total = sources.expected_bytes((*config.sources, *config.eval_sources))
+        with Progress("pack", total, unit="B") as progress:
             packing.pack(
                 config,
                 tokenizer,

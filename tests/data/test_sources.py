@@ -204,3 +204,11 @@ def test_stamp_follows_the_files(tmp_path):
     path.write_text("four")
     assert sources.stamp(str(path)) != before
     assert sources.stamp("embedded:") == sources.stamp("embedded:")
+
+
+def test_expected_bytes_where_they_can_be_told(tmp_path):
+    (tmp_path / "a.txt").write_text("三个字")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    assert sources.expected_bytes(f"{tmp_path},embedded:1000") == 9 + 14 + 1_000
+    (tmp_path / "c.jsonl.gz").write_bytes(b"")
+    assert sources.expected_bytes([str(tmp_path)]) is None

@@ -67,6 +67,7 @@ def test_loss_and_gradients_equal_autodiff(norm, max_z_weight, chunk):
 
 def test_equal_maxima_share_the_gradient_as_autodiff_shares_it():
     hidden, head, targets, mask = example(1)
+    hidden, head = np.round(4 * hidden) / 4, np.round(4 * head) / 4  # sums without rounding
     head[1] = head[0] = 3 * head[0]
     gradient = jax.grad(lambda h: ours(h, head, targets, mask, False, 0.5, 16)[0])(hidden)
     want = jax.grad(lambda h: plain(h, head, targets, mask, False, 0.5))(hidden)
