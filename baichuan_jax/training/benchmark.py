@@ -31,7 +31,11 @@ from baichuan_jax.training import step as step_module
 from baichuan_jax.training.metrics import flops_per_token
 
 WARM_UP = 3  # steps that are not counted
-_GEMM = 1_024  # rows and columns of the product that shows a library's own limit
+
+
+def _product_size(device: str) -> int:
+    """Rows and columns of the product that shows a library's own limit."""
+    return 1_024 if device == "cpu" else 8_192  # a small one is over before a GPU is busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +68,18 @@ class Shape:
         return per_token * self.rows * self.sequence_length
 
 
-def our_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
-    """This project's training step, and a matrix product; each returns its seconds."""
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What a worker runs; the two calls return their seconds when all work is done."""
+
+    about: str  # versions, device
+    train: Callable[[], float]
+    product: Callable[[], float]
+    product_flops: float
+
+
+def our_side(shape: Shape) -> Side:
+    """This project's training step as `training.loop` runs it."""
     cpu.keep_memory()
     config = Config(model=shape.model)
     config.training.compute_dtype, config.training.remat = shape.dtype, "none"
@@ -88,7 +102,9 @@ def our_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
     }
     batch = jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES, None)))
     multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
-    square = jnp.ones((_GEMM, _GEMM), shape.dtype)
+    device = jax.default_backend()
+    size = _product_size(device)
+    square = jnp.ones((size, size), shape.dtype)
 
     def train() -> float:
         nonlocal state
@@ -103,19 +119,22 @@ def our_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
         multiply(square, square).block_until_ready()
         return time.perf_counter() - began
 
-    return train, product
+    about = f"jax {jax.__version__}, {device}"
+    return Side(about, train, product, 2 * size**3)
 
 
-def their_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
+def their_side(shape: Shape) -> Side:
     """The same of transformers' LlamaForCausalLM with fused AdamW in PyTorch."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(os.cpu_count())
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX has it on a GPU
     dtype = getattr(torch, shape.dtype)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
             intermediate_size=shape.intermediate_size,
@@ -131,7 +150,8 @@ def their_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
         model.parameters(), 2e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     tokens = torch.randint(0, shape.vocab_size, (shape.rows, shape.sequence_length), device=device)
-    square = torch.ones(_GEMM, _GEMM, dtype=dtype, device=device)
+    size = _product_size(device)
+    square = torch.ones(size, size, dtype=dtype, device=device)
 
     def timed(work: Callable[[], None]) -> float:
         began = time.perf_counter()
@@ -148,17 +168,26 @@ def their_step(shape: Shape) -> tuple[Callable[[], float], Callable[[], float]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         adamw.step()
 
-    return lambda: timed(train), lambda: timed(lambda: torch.mm(square, square))
+    return Side(
+        f"transformers {transformers.__version__}, torch {torch.__version__}, {device}",
+        lambda: timed(train),
+        lambda: timed(lambda: torch.mm(square, square)),
+        2 * size**3,
+    )
 
 
-_SIDES = {"ours": our_step, "transformers": their_step}
+_SIDES = {"ours": our_side, "transformers": their_side}
 
 
 def serve(side: str, shape: Shape) -> None:
-    """A worker: for each line 'train' or 'product' on standard input, prints its seconds."""
-    train, product = _SIDES[side](shape)
+    """A worker: for each line on standard input, the name of a field of `Side`, prints it as JSON.
+
+    A call is run, and its seconds are printed.
+    """
+    worker = _SIDES[side](shape)
     for line in sys.stdin:
-        print(train() if line.strip() == "train" else product(), flush=True)
+        value = getattr(worker, line.strip())
+        print(json.dumps(value() if callable(value) else value), flush=True)
 
 
 class _Worker:
@@ -169,6 +198,7 @@ class _Worker:
         code = f"from baichuan_jax.training import benchmark; {call}"
         # Threads of OpenMP that spin after their work would slow the other side.
         quiet = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        quiet["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU has to hold both sides
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
@@ -177,13 +207,13 @@ class _Worker:
             env=os.environ | quiet,
         )
 
-    def seconds(self, what: str) -> float:
+    def ask(self, what: str) -> float | str:
         self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError("The benchmark's worker ended; its error stands above.")
-        return float(json.loads(answer))
+        return json.loads(answer)
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -193,29 +223,35 @@ class _Worker:
 def compare(shape: Shape, steps: int, sides: list[str] | None = None) -> dict[str, dict]:
     """Times the sides in turn.
 
+    Args:
+      sides: of 'ours' and 'transformers'; by default both where torch and transformers are
+        installed.
+
     Returns:
-      By side: `train`, the seconds of `steps` steps, and `gemm`, the FLOP/s of the best of
-      as many matrix products of 1,024 rows and columns: a limit that no step passes.
+      By side: `about`, its versions and device; `train`, the seconds of `steps` steps; and
+      `limit`, the FLOP/s of the fastest product of two large square matrices.
     """
     if sides is None:
         installed = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
         sides = list(_SIDES) if installed else ["ours"]
     workers = {side: _Worker(side, shape) for side in sides}
-    results = {side: {"train": [], "product": []} for side in sides}
+    seconds = {side: {"train": [], "product": []} for side in sides}
+    results = {}
     try:
-        for number in range(WARM_UP + steps):
+        for _ in range(WARM_UP + steps):
             for side, worker in workers.items():
-                for what, seconds in results[side].items():
-                    took = worker.seconds(what)
-                    if number >= WARM_UP:
-                        seconds.append(took)
+                for what, times in seconds[side].items():
+                    times.append(worker.ask(what))
+        for side, worker in workers.items():
+            results[side] = {
+                "about": worker.ask("about"),
+                "train": seconds[side]["train"][WARM_UP:],
+                "limit": worker.ask("product_flops") / min(seconds[side]["product"]),
+            }
     finally:
         for worker in workers.values():
             worker.close()
-    return {
-        side: {"train": result["train"], "gemm": 2 * _GEMM**3 / min(result["product"])}
-        for side, result in results.items()
-    }
+    return results
 
 
 def table(shape: Shape, results: dict[str, dict]) -> str:
@@ -224,15 +260,16 @@ def table(shape: Shape, results: dict[str, dict]) -> str:
         f"{shape.dtype}: hidden {shape.hidden_size}, layers {shape.num_layers}, vocabulary"
         f" {shape.vocab_size:,}, {shape.rows} × {shape.sequence_length} tokens,"
         f" {shape.flops / 1e9:,.0f} GFLOP a step",
-        f"{'':14}{'min s':>9}{'median s':>10}{'GFLOP/s':>9}{'GEMM GFLOP/s':>14}{'share':>7}",
+        f"{'':14}{'min s':>9}{'median s':>10}{'GFLOP/s':>9}{'limit':>9}{'share':>7}",
     ]
     for side, result in results.items():
-        least = min(result["train"])
-        rate, limit = shape.flops / least, result["gemm"]
+        least, limit = min(result["train"]), result["limit"]
+        rate = shape.flops / least
         lines.append(
-            f"{side:14}{least:9.4f}{statistics.median(result['train']):10.4f}{rate / 1e9:9.0f}"
-            f"{limit / 1e9:14.0f}{rate / limit:7.0%}"
+            f"{side:14}{least:9.4f}{statistics.median(result['train']):10.4f}{rate / 1e9:9,.0f}"
+            f"{limit / 1e9:9,.0f}{rate / limit:7.0%}  {result['about']}"
         )
+    lines.append("limit: the library's own product of two large square matrices")
     if len(results) == 2:
         ours, theirs = (result["train"] for result in results.values())
         lines.append(
