@@ -5,7 +5,7 @@ Tables 1 and 2). Trained on 1.4 T tokens: 340,000 steps of 1,024 rows.
 
 Command:
   python -m experiments.pretrain --config=configs/baichuan1_13b.py --workdir=DIR \
-    --config.data.sources=/data/*.jsonl.zst --config.data.tokenizer=/data/tokenizer.model
+    '--config.data.sources=/data/*.jsonl.zst' --config.data.tokenizer=/data/tokenizer.model
 
 Hardware: as configs/baichuan2_13b.py. Not yet run at this size by this project.
 

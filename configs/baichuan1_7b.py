@@ -5,7 +5,7 @@
 
 Command:
   python -m experiments.pretrain --config=configs/baichuan1_7b.py --workdir=DIR \
-    --config.data.sources=/data/*.jsonl.zst --config.data.tokenizer=/data/tokenizer.model
+    '--config.data.sources=/data/*.jsonl.zst' --config.data.tokenizer=/data/tokenizer.model
 
 Hardware: as configs/baichuan2_7b.py. Not yet run at this size by this project.
 

@@ -2,7 +2,7 @@
 
 Command:
   python -m experiments.pretrain --config=configs/baichuan2_7b.py --workdir=DIR \
-    --config.data.sources=zh=/data/zh/*.jsonl.zst,en=/data/en/*.parquet \
+    '--config.data.sources=zh=/data/zh/*.jsonl.zst,en=/data/en/*.parquet' \
     --config.data.tokenizer=/data/tokenizer.model
 
 Hardware: weights and AdamW state take 112 GiB over all devices (16 bytes a parameter,

@@ -2,7 +2,7 @@
 
 Command, for the smallest:
   python -m experiments.pretrain --config=configs/ladder.py:384 --workdir=DIR \
-    --config.data.sources=/data/*.jsonl.zst --config.data.tokenizer=/data/tokenizer.model
+    '--config.data.sources=/data/*.jsonl.zst' --config.data.tokenizer=/data/tokenizer.model
 
 Sizes: 384, 704, 832, 1216, 1792, 2240, 2880 (11.5 M to 3.0 B non-embedding parameters;
 here the feed-forward size is three times the hidden size). Each is trained on up to 1 T

@@ -1,7 +1,7 @@
 """Pre-trains a model of the family on your own text (paper §2).
 
   python -m experiments.pretrain --config=configs/baichuan2_7b.py --workdir=DIR \
-    --config.data.sources=zh=/data/zh/*.jsonl.gz,en=/data/en \
+    '--config.data.sources=zh=/data/zh/*.jsonl.gz,en=/data/en' \
     --config.data.tokenizer=/data/tokenizer.model
 
 Run again with the same --workdir, it goes on from where it was. On several hosts, start

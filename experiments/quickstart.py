@@ -13,12 +13,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from baichuan_jax import tokenizer as tokenizer_module
-from baichuan_jax.data import shards, sources
+from baichuan_jax.data import sources
 from baichuan_jax.inference.sampling import generate
 from baichuan_jax.model import cpu
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.training.metrics import Progress, quiet_logs
-from baichuan_jax.training.pretrain import pretrain
+from baichuan_jax.training.pretrain import open_data, pretrain
 from baichuan_jax.training.report import baselines, write_report
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.")
@@ -30,16 +30,6 @@ PROMPTS = (
     "Question: What is seven plus two?\nAnswer:",
     "Returns the",
 )
-NEXT = """
-# another position scheme, as the 13B has it
-python -m experiments.quickstart --workdir=runs/alibi --config.model.position=alibi
-# your own text: a tokenizer, then a model
-python -m experiments.train_tokenizer --sources=mine=/path/to/text --out=mine.model
-python -m experiments.pretrain --config=configs/ladder.py:384 --workdir=runs/mine \\
-  --config.data.sources=mine=/path/to/text --config.data.tokenizer=mine.model
-# curves in the browser (pip install tensorboard)
-tensorboard --logdir=runs
-"""
 
 
 def train_tokenizer(config, path: Path) -> None:
@@ -71,13 +61,11 @@ def main(_):
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         new = generate(state.model, prompts, eos_id=tokenizer.eos_id, **options)
     samples = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(PROMPTS, new, strict=True)]
-    for prompt, continuation in samples:
-        print(f"\n{prompt}⟶{continuation}")
-    length = config.data.sequence_length
-    manifest = shards.load(workdir / "shards", tokenizer=tokenizer, sequence_length=length)
+    print(*(f"\n{prompt}⟶{continuation}" for prompt, continuation in samples), sep="\n")
+    manifest = open_data(config.data, tokenizer, workdir)
     parameters = sum(x.size for x in jax.tree.leaves(state.model))
     compared = baselines(manifest, config, tokenizer)
-    path = write_report(workdir, config, parameters, manifest, compared, samples, NEXT)
+    path = write_report(workdir, config, parameters, manifest, compared, samples)
     print(f"\n{path} is written, {(time.monotonic() - began) / 60:.1f} minutes after the start.")
 
 

@@ -1,6 +1,6 @@
 """Trains a tokenizer by the rules of §2.3 on your own text.
 
-python -m experiments.train_tokenizer --sources=web=web/*.jsonl.gz,code=src \
+python -m experiments.train_tokenizer '--sources=web=web/*.jsonl.gz,code=src' \
     --weights=code=2 --vocab_size=32000 --out=tokenizer.model
 """
 

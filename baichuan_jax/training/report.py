@@ -14,6 +14,17 @@ from baichuan_jax.training.metrics import plot, read_metrics
 
 _ROWS = 256  # read at a time
 
+_NEXT = """
+# another position scheme, as the 13B has it
+python -m experiments.quickstart --workdir=runs/alibi --config.model.position=alibi
+# your own text: a tokenizer, then a model
+python -m experiments.train_tokenizer --sources=mine=/path/to/text --out=mine.model
+python -m experiments.pretrain --config=configs/ladder.py:384 --workdir=runs/mine \\
+  --config.data.sources=mine=/path/to/text --config.data.tokenizer=mine.model
+# curves in the browser (pip install tensorboard)
+tensorboard --logdir=runs
+"""
+
 
 def baselines(manifest: Manifest, config: Config, tokenizer: Tokenizer) -> dict[str, dict]:
     """What models without a network reach on the held-out rows.
@@ -59,7 +70,6 @@ def write_report(
     manifest: Manifest,
     compared: dict[str, dict],
     samples: list[tuple[str, str]],
-    next_commands: str,
 ) -> epath.Path:
     """Writes `report.md` and `plots/` into the run's folder; returns the report's path."""
     workdir = epath.Path(workdir)
@@ -104,7 +114,7 @@ def write_report(
         lines += ["```text", f"{prompt}⟶{continuation}", "```", ""]
     lines += ["## Curves", ""]
     lines += [f"![{path.stem}](plots/{path.name})" for path in plot(workdir)]
-    lines += ["", "## Next", "", "```bash", next_commands.strip(), "```", ""]
+    lines += ["", "## Next", "", "```bash", _NEXT.strip(), "```", ""]
     path = workdir / "report.md"
     path.write_text("\n".join(lines))
     return path
