@@ -17,9 +17,10 @@ _ROWS = 256  # read at a time
 _NEXT = """
 # another position scheme, as the 13B has it
 python -m experiments.quickstart --workdir=runs/alibi --config.model.position=alibi
-# your own text: a tokenizer, then a model
-python -m experiments.train_tokenizer --sources=mine=/path/to/text --out=mine.model
-python -m experiments.pretrain --config=configs/ladder.py:384 --workdir=runs/mine \\
+# your own text: a tokenizer, then a model of this size
+python -m experiments.train_tokenizer --sources=mine=/path/to/text --vocab_size=4096 \\
+  --out=mine.model
+python -m experiments.pretrain --config=configs/quickstart.py --workdir=runs/mine \\
   --config.data.sources=mine=/path/to/text --config.data.tokenizer=mine.model
 # curves in the browser (pip install tensorboard)
 tensorboard --logdir=runs
