@@ -55,12 +55,12 @@ class DataConfig:
     """Where the text is and how it becomes rows of tokens (§2.1, §2.3).
 
     A source is `NAME=PATH` or `PATH`: a file, a glob or a folder of .jsonl,
-    .jsonl.gz, .jsonl.zst, .parquet, .txt or .md, or `tfds:DATASET[:SPLIT]`. Several may
-    be given in one string, separated by commas.
+    .jsonl.gz, .jsonl.zst, .parquet, .txt or .md, or `tfds:DATASET[:SPLIT]`. Several are
+    separated by commas.
     """
 
-    sources: tuple[str, ...] = ()
-    eval_sources: tuple[str, ...] = ()  # empty: hold out `eval_fraction` of the documents
+    sources: str = ""
+    eval_sources: str = ""  # empty: hold out `eval_fraction` of the documents
     eval_fraction: float = 0.005
     text_field: str = "text"
     language_field: str = "lang"
@@ -68,7 +68,7 @@ class DataConfig:
     tokenizer: str = ""  # a SentencePiece .model file
     shards: str = ""  # folder of packed rows; empty: WORKDIR/shards, packed from the sources
     sequence_length: int = 4_096
-    weights: tuple[str, ...] = ()  # 'SET=WEIGHT'; a set without one weighs as many tokens as it has
+    weights: str = ""  # SET=WEIGHT,…; a set without one weighs as many tokens as it has
     seed: int = 0
 
 
@@ -152,7 +152,9 @@ def validate(config: Config) -> None:
     positive = {
         "model": ["vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"],
         "data": ["sequence_length"],
-        "training": ["num_steps", "batch_size", "micro_batches", "loss_chunk", "log_every"],
+        "training": [
+            *("num_steps", "batch_size", "micro_batches", "loss_chunk", "log_every", "eval_every"),
+        ],
         "optimizer": ["learning_rate", "clip_norm", "epsilon"],
         "checkpoint": ["every_steps", "keep"],
     }
@@ -160,6 +162,9 @@ def validate(config: Config) -> None:
         for name in names:
             value = getattr(getattr(config, section), name)
             _require(value > 0, f"config.{section}.{name}={value} must be positive.")
+    for name in ("eval_batches", "max_z_weight", "profile_start", "profile_steps"):
+        value = getattr(training, name)
+        _require(value >= 0, f"config.training.{name}={value} must not be negative.")
     _require(
         model.hidden_size % model.num_heads == 0,
         f"config.model.hidden_size={model.hidden_size} must be a multiple of"
@@ -224,5 +229,5 @@ def from_json(path: epath.PathLike) -> Config:
         for name, value in values.items():
             if not hasattr(target, name):
                 raise ValueError(f"{path}: unknown field {section}.{name}.")
-            setattr(target, name, tuple(value) if isinstance(value, list) else value)
+            setattr(target, name, value)
     return config

@@ -7,7 +7,8 @@ Command:
 
 Hardware: weights and AdamW state take 112 GiB over all devices (16 bytes a parameter,
 gradients included). Eight 80 GB GPUs or sixteen TPU v5p chips hold it with ZeRO
-(`config.mesh.fsdp=-1`). Not yet run at this size by this project.
+(`config.mesh.fsdp=-1`), one or two rows at a time on each: more devices take fewer
+`config.training.micro_batches`. Not yet run at this size by this project.
 
 Expected: the paper trains on 2.6 T tokens to MMLU 54.2, C-Eval 54.0 (Table 1). Its batch
 size is not published; 1,024 rows are 4.2 M tokens, so 2.6 T tokens are 620,000 steps.
@@ -19,4 +20,5 @@ from baichuan_jax.config import Config
 def get_config() -> Config:
     config = Config()  # the defaults are this model
     config.training.num_steps = 620_000
+    config.training.micro_batches = 64  # 16 rows at a time: 1 or 2 on each of 16 or 8 devices
     return config

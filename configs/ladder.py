@@ -38,4 +38,5 @@ def get_config(hidden_size: str = "384") -> Config:
     model.intermediate_size = 3 * model.hidden_size
     model.num_layers, model.num_heads = LADDER[model.hidden_size]
     config.training.num_steps = 240_000
+    config.training.micro_batches = 128  # 8 rows at a time
     return config

@@ -19,7 +19,7 @@ def get_config() -> Config:
     model.vocab_size = 4_096
     model.hidden_size, model.intermediate_size = 192, 512
     model.num_layers = model.num_heads = 6
-    data.sources = ("embedded:4500000",)
+    data.sources = "embedded:4500000"
     data.eval_fraction = 0.04
     data.sequence_length = 256
     config.optimizer.learning_rate = 4e-3

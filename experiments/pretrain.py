@@ -12,6 +12,7 @@ the same command on each with --coordinator=auto (TPU pods, Slurm) or with --coo
 import os
 import sys
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -36,11 +37,12 @@ def main(_):
     start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
         pretrain(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, CheckpointError, NonFiniteError) as error:
+    except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
         if "BAICHUAN_JAX_TRACEBACK" in os.environ:
             raise
         sys.exit(f"{type(error).__name__}: {error}")
-    plot(_WORKDIR.value)
+    if jax.process_index() == 0:
+        plot(_WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 Interrupted and run again, it goes on from where it was. See report.md in --workdir.
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def main(_):
     config.data.tokenizer = str(workdir / "tokenizer.model")
     train_tokenizer(config, workdir / "tokenizer.model")
     state = pretrain(config, workdir)
+    if int(state.step) < config.training.num_steps:
+        sys.exit(f"Stopped after step {int(state.step)}; run again, it goes on from there.")
     tokenizer = tokenizer_module.Tokenizer(config.data.tokenizer)
     with jax.set_mesh(make_mesh(config.mesh)):
         options = {"max_new_tokens": 64, "temperature": 0.7, "top_k": 20, "dtype": "float32"}

@@ -1,6 +1,8 @@
 """Settings: what is refused, and with which words."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,8 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(recipe):
         ("training", "remat", "some", "config.training.remat='some' must be one of"),
         ("optimizer", "warmup_steps", 200_000, "below config.training.num_steps"),
         ("optimizer", "final_learning_rate", 1.0, "between 0 and config.optimizer.learning_rate"),
+        ("training", "eval_every", 0, "config.training.eval_every=0 must be positive"),
+        ("training", "max_z_weight", -1.0, "must not be negative"),
         ("data", "eval_fraction", 1.5, "config.data.eval_fraction=1.5"),
         ("data", "sequence_length", -1, "config.data.sequence_length=-1 must be positive"),
     ],
@@ -46,7 +50,7 @@ def test_what_cannot_work_is_refused_by_name(section, name, value, message):
 
 def test_json_round_trip(tmp_path):
     config = Config()
-    config.data.sources = ("a=/x", "b=/y")
+    config.data.sources = "a=/x,b=/y"
     config.optimizer.learning_rate = 1e-3
     path = tmp_path / "config.json"
     path.write_text(to_json(config))
@@ -59,3 +63,21 @@ def test_json_round_trip(tmp_path):
 def test_the_released_vocabulary_needs_no_padding():
     assert config_module.ModelConfig().padded_vocab_size == 125_696
     assert config_module.ModelConfig(vocab_size=1_000).padded_vocab_size == 1_024
+
+
+def test_flags_take_several_sources_and_weights():
+    flags = [
+        "--config.data.sources=zh=/data/zh/*.jsonl.gz,en=/data/en",
+        "--config.data.weights=zh.zh=2,en=1",
+        "--config.optimizer.learning_rate=1e-3",
+    ]
+    program = (
+        "from absl import app; from ml_collections import config_flags;"
+        "c = config_flags.DEFINE_config_file('config');"
+        "app.run(lambda _: print(c.value.data.sources, c.value.data.weights,"
+        " c.value.optimizer.learning_rate))"
+    )
+    command = [sys.executable, "-c", program, "--config=configs/ladder.py:704", *flags]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.split() == ["zh=/data/zh/*.jsonl.gz,en=/data/en", "zh.zh=2,en=1", "0.001"]

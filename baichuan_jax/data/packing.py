@@ -31,19 +31,22 @@ def pack(
     tokenizer: Tokenizer,
     directory: epath.PathLike,
     *,
+    replace: bool = True,
     progress: Callable[[int, int, int], None] = lambda documents, utf8_bytes, tokens: None,
 ) -> Manifest:
     """Tokenises and packs `config.sources` into a folder of shards.
 
     A folder that is complete and was made from the same inputs is opened as it is. One that
     was interrupted goes on after the last source it finished. One made from other inputs is
-    packed anew, which is logged. The same input gives the same files, byte for byte.
+    packed anew, which is logged, or refused without `replace`. The same input gives the
+    same files, byte for byte.
 
     Held out for 'eval' are the documents of `config.eval_sources` or, without any, the share
     `config.eval_fraction` of the documents, chosen by a hash of the text alone: copies of a
     document fall on the same side.
 
     Args:
+      replace: whether complete rows of other inputs may be deleted.
       progress: is called now and then with the documents, bytes and tokens so far.
 
     Raises:
@@ -59,7 +62,7 @@ def pack(
     if config.eval_sources:
         sources.check(config.eval_sources, **reading)
     inputs = _inputs(config, tokenizer)
-    manifest = _resume(directory, inputs)
+    manifest = _resume(directory, inputs, replace)
     if manifest is None:
         return shards.load(directory, tokenizer=tokenizer, sequence_length=config.sequence_length)
     units = [("train", source) for source in inputs["sources"]]
@@ -131,7 +134,7 @@ def _inputs(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _resume(directory: epath.Path, inputs: dict[str, Any]) -> Manifest | None:
+def _resume(directory: epath.Path, inputs: dict[str, Any], replace: bool) -> Manifest | None:
     """What is left to do goes into the manifest returned; None: nothing is."""
     manifest = Manifest(directory, inputs)
     for name in (shards.MANIFEST, shards.PARTIAL):
@@ -144,6 +147,14 @@ def _resume(directory: epath.Path, inputs: dict[str, Any]) -> Manifest | None:
                 manifest = old
                 logging.info("%s: goes on after %s.", directory, "; ".join(old.finished))
                 break
+            if name == shards.MANIFEST and not replace:
+                lines = [f"{key}: {old.inputs.get(key)} -> {inputs[key]}" for key in changed]
+                raise ValueError(
+                    f"{directory} holds rows that were packed from other inputs:\n"
+                    + "\n".join(lines)
+                    + "\nUse another folder, or --config.checkpoint.accept_changed_data=true to"
+                    " pack anew in this one."
+                )
             logging.warning("%s: packed anew, for %s changed since.", directory, ", ".join(changed))
             (directory / name).unlink()
     known = {path for name in manifest.sets for s in SPLITS for path in manifest.paths(name, s)}

@@ -70,7 +70,7 @@ def train(
         is resumed (see `config.checkpoint.accept_changed_data`).
       CheckpointError: where none can be written or read.
     """
-    workdir, training = epath.Path(workdir), config.training
+    workdir, training = epath.Path(workdir).expanduser(), config.training
     tx = optimizer.adamw(config.optimizer, training.num_steps)
     rows = NamedSharding(mesh, P(BATCH_AXES, None))
     run_step = jax.jit(
@@ -85,6 +85,7 @@ def train(
     )
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
+        stop_requested = enter(_sigterm())  # until the last save is complete
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every_tokens
         checkpoints = enter(
             Checkpoints(workdir / "checkpoints", keep=keep, keep_every_tokens=keep_every)
@@ -95,7 +96,6 @@ def train(
         enter(jax.set_mesh(mesh))
         recorder = enter(_Recorder(config, workdir, mesh))
         evaluate = _evaluator(config, rows, loss, eval_stream, token_bytes)
-        stop_requested = enter(_sigterm())
         batches = prefetch(stream, position.row, training.batch_size, rows)
         enter(contextlib.closing(batches))
         profile = enter(_profiler(config, workdir))
@@ -122,14 +122,13 @@ def train(
             unread.append((position, results))
             last = stop_requested(step) or step == training.num_steps
             save = last or step % config.checkpoint.every_steps == 0
-            measure = evaluate and (last or step % training.eval_every == 0)
+            due = step % training.eval_every == 0 or step == training.num_steps
+            measure = evaluate and due  # not at SIGTERM, which leaves no time
             if len(unread) == 2:
                 read()  # the step before, while the device works on this one
             if save or measure:
                 recorder.pause()
                 read()  # nothing is saved or measured that is not finite
-            if measure:
-                recorder.eval(position, evaluate(state.model))
             if save:
                 meta = {
                     **dataclasses.asdict(position),
@@ -137,7 +136,8 @@ def train(
                     "model": dataclasses.asdict(config.model),
                 }
                 checkpoints.save(step, state, meta, position.tokens)
-                recorder.pause()
+            if measure:
+                recorder.eval(position, evaluate(state.model))
             if last:
                 break
     return state
@@ -200,7 +200,9 @@ class _Recorder:
             before, tokens = self._before
             rate = (where.tokens - tokens) / (now - before)
             mfu = metrics.mfu(rate, self._flops, self._devices)
-            record |= {"tokens_per_second": rate} | ({} if mfu is None else {"mfu": mfu})
+            record |= {"tokens_per_second": rate, "step_seconds": now - before} | (
+                {} if mfu is None else {"mfu": mfu}
+            )
         self._before = now, where.tokens
         self._progress.update(
             where.step,
@@ -243,6 +245,7 @@ def _evaluator(
     """
     if stream is None:
         return None
+    size = config.training.batch_size // config.training.micro_batches
     stop = stream.num_rows
     if config.training.eval_batches:
         stop = min(stop, config.training.eval_batches * config.training.batch_size)
@@ -256,7 +259,7 @@ def _evaluator(
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
         total = collections.Counter()
-        batches = prefetch(stream, 0, config.training.batch_size, rows, stop=stop)
+        batches = prefetch(stream, 0, size, rows, stop=stop)
         with contextlib.closing(batches):
             for batch in batches:
                 total.update({k: float(v) for k, v in sums(model, batch).items()})

@@ -15,11 +15,15 @@ from baichuan_jax.training.metrics import Progress
 from baichuan_jax.training.step import TrainState, pretraining_loss
 
 
-def open_data(config: DataConfig, tokenizer: Tokenizer, workdir: epath.PathLike) -> shards.Manifest:
+def open_data(
+    config: DataConfig, tokenizer: Tokenizer, workdir: epath.PathLike, *, replace: bool = False
+) -> shards.Manifest:
     """The packed rows: of `config.shards`, or made from `config.sources` in WORKDIR/shards.
 
+    Rows that were packed from other inputs are packed anew where `replace` allows it.
+
     Raises:
-      ValueError: names the field, file or row that is wrong.
+      ValueError: names the field, file or row that is wrong, or what changed.
     """
     if config.shards and not config.sources:
         return shards.load(
@@ -32,12 +36,13 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, workdir: epath.PathLike)
         )
     directory = epath.Path(config.shards or epath.Path(workdir) / "shards")
     if jax.process_index() == 0:
-        total = sources.expected_bytes((*config.sources, *config.eval_sources))
+        total = sources.expected_bytes([config.sources, config.eval_sources])
         with Progress("pack", total, unit="B") as progress:
             packing.pack(
                 config,
                 tokenizer,
                 directory,
+                replace=replace,
                 progress=lambda documents, size, tokens: progress.update(
                     size, documents=f"{documents:,}", tokens=f"{tokens:,}"
                 ),
@@ -68,8 +73,11 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
             f"{config.data.tokenizer} has {tokenizer.vocab_size:,} tokens, more than"
             f" config.model.vocab_size={config.model.vocab_size:,}."
         )
-    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-    manifest = open_data(config.data, tokenizer, workdir)
+    workdir = epath.Path(workdir).expanduser()
+    workdir.mkdir(parents=True, exist_ok=True)
+    trained = bool(config.data.shards) or any((workdir / "checkpoints").glob("*"))
+    replace = config.checkpoint.accept_changed_data or not trained
+    manifest = open_data(config.data, tokenizer, workdir, replace=replace)
     for reason, count in manifest.dropped.items():
         logging.warning("%s documents were dropped: %s.", f"{count:,}", reason)
     stream = Stream(manifest, "train", config.data)

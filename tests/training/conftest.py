@@ -27,7 +27,7 @@ def config(corpus):
     model, training = config.model, config.training
     model.vocab_size, model.hidden_size, model.intermediate_size = 1_000, 32, 48
     model.num_layers, model.num_heads = 2, 4
-    config.data.sources = (f"chat={corpus / 'zh_en.jsonl'}",)
+    config.data.sources = f"chat={corpus / 'zh_en.jsonl'}"
     config.data.tokenizer = str(corpus / "tokenizer.model")
     config.data.sequence_length, config.data.eval_fraction = 32, 0.05
     training.num_steps, training.batch_size = 12, 8

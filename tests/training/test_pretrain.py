@@ -17,7 +17,7 @@ def refused(config, tmp_path, message):
 def source(config, tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
-    config.data.sources = (str(path),)
+    config.data.sources = str(path)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,9 @@ def test_files_that_cannot_be_read(config, tmp_path, name, content, message):
 
 
 def test_missing_files(config, tmp_path):
-    config.data.sources = (f"mine={tmp_path}/none.jsonl",)
+    config.data.sources = f"mine={tmp_path}/none.jsonl"
     refused(config, tmp_path, r"none.jsonl: no such file")
-    config.data.sources = ()
+    config.data.sources = ""
     refused(config, tmp_path, r"config.data.sources")
 
 
@@ -63,5 +63,15 @@ def test_meshes_that_do_not_fit(config, tmp_path):
 
 
 def test_weights_of_sets_that_are_not_there(config, tmp_path):
-    config.data.weights = ("chats=1",)
+    config.data.weights = "chats=1"
     refused(config, tmp_path, r"config.data.weights: 'chats=1'.*chat.en")
+
+
+def test_packed_rows_of_a_run_are_not_replaced_unasked(config, tmp_path):
+    config.training.num_steps, config.checkpoint.every_steps = 4, 4
+    pretrain(config, tmp_path / "run")
+    rows = {p: p.read_bytes() for p in (tmp_path / "run" / "shards").rglob("rows-*")}
+    config.data.sequence_length = 16
+    with pytest.raises(ValueError, match=r"sequence_length: 32 -> 16(.|\n)*accept_changed_data"):
+        pretrain(config, tmp_path / "run")
+    assert all(path.read_bytes() == content for path, content in rows.items())
