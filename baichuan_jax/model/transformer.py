@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         by_head = P(BATCH_AXES, None, None, TENSOR_AXIS, None)
         qkv = einsum("btd,dnhk->btnhk", x_BTD, use(self.qkv, x_BTD.dtype), by_head)
         qkv = checkpoint_name(qkv, "qkv")
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
         slopes = None
         if self.position == "rope":
             q = rotate(q, positions_BT, self.rope_base)
@@ -140,7 +140,8 @@ class SwiGLU(nnx.Module):
         split = P(BATCH_AXES, None, None, TENSOR_AXIS)
         h = einsum("btd,dnf->btnf", x_BTD, use(self.gate_up, x_BTD.dtype), split)
         h = checkpoint_name(h, "gate_up")
-        h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+        gate, up = (x[:, :, 0] for x in jnp.split(h, 2, axis=2))
+        h = jax.nn.silu(gate) * up
         return einsum("btf,fd->btd", h, use(self.down, h.dtype))
 
 

@@ -8,7 +8,7 @@ from baichuan_jax.model import cpu
 # equation, shape of x, shape of w: the projections of a block
 PROJECTIONS = [
     ("btd,df->btf", (2, 6, 16), (16, 24)),
-    ("btd,dchk->btchk", (2, 6, 16), (16, 3, 4, 4)),
+    ("btd,dnhk->btnhk", (2, 6, 16), (16, 3, 4, 4)),
     ("bthk,hkd->btd", (2, 6, 4, 4), (4, 4, 16)),
 ]
 

@@ -17,8 +17,8 @@ def test_baselines(config, tmp_path):
     train, held_out = "一加一等于二。", "二加一等于三。"
     for name, text in (("train", train), ("eval", held_out)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
-    config.data.sources = (str(tmp_path / "train.jsonl"),)
-    config.data.eval_sources = (f"train={tmp_path / 'eval.jsonl'}",)
+    config.data.sources = str(tmp_path / "train.jsonl")
+    config.data.eval_sources = f"train={tmp_path / 'eval.jsonl'}"
     tokenizer = Tokenizer(config.data.tokenizer)
     got = baselines(open_data(config.data, tokenizer, tmp_path), config, tokenizer)
 
