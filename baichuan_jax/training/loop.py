@@ -25,7 +25,7 @@ from jax import P
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from baichuan_jax.config import BATCH_AXES, Config, to_json
+from baichuan_jax.config import BATCH_AXES, Config, from_json, to_json
 from baichuan_jax.data.stream import Stream, difference, prefetch
 from baichuan_jax.training import metrics, optimizer
 from baichuan_jax.training import step as step_module
@@ -170,6 +170,12 @@ def _start(
         logging.info("Resumes at step %d, row %d.", position.step, position.row)
         return state, position
     if init_from := config.checkpoint.init_from:
+        source = from_json(epath.Path(init_from) / "config.json").model
+        if changed := difference(dataclasses.asdict(source), dataclasses.asdict(config.model)):
+            raise ValueError(
+                f"config.checkpoint.init_from={init_from} holds another model than"
+                f" config.model:\n{changed}"
+            )
         model = restore_model(epath.Path(init_from) / "checkpoints", abstract.model)
         logging.info("Starts from the weights of %s.", init_from)
     else:

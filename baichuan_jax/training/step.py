@@ -187,11 +187,13 @@ def first_nonfinite(loss: Loss, model: nnx.Module, batch: Batch, micro_batches: 
         squares = jax.jit(optimizer.squared_norms)(tree)
         return {name: ~jnp.isfinite(square) for name, square in squares.items()}
 
+    outside = {"embedding": -1, "norm.gain": 1 << 30, "head": 1 << 31}  # the layers lie between
+
     def backward_order(found):
         for name, flags in found.items():
             for layer in jnp.flatnonzero(jnp.atleast_1d(flags)).tolist():
                 in_stack = name.startswith("layers.")
-                depth = layer if in_stack else {"embedding": -1}.get(name, 1 << 30)
+                depth = layer if in_stack else outside[name]
                 yield depth, f"layer {layer}: {name}" if in_stack else name
 
     weights = sorted(backward_order(bad(model)))
