@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         segments already tell of `x_BTD`. Returns the output and the (keys, values) used.
         """
         by_head = P(BATCH_AXES, None, None, TENSOR_AXIS, None)
-        qkv = einsum("btd,dnhk->btnhk", x_BTD, use(self.qkv, x_BTD.dtype), by_head)
+        qkv = einsum("btd,dchk->btchk", x_BTD, use(self.qkv, x_BTD.dtype), by_head)
         qkv = checkpoint_name(qkv, "qkv")
         q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
         slopes = None
@@ -138,7 +138,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         split = P(BATCH_AXES, None, None, TENSOR_AXIS)
-        h = einsum("btd,dnf->btnf", x_BTD, use(self.gate_up, x_BTD.dtype), split)
+        h = einsum("btd,dcf->btcf", x_BTD, use(self.gate_up, x_BTD.dtype), split)
         h = checkpoint_name(h, "gate_up")
         gate, up = (x[:, :, 0] for x in jnp.split(h, 2, axis=2))
         h = jax.nn.silu(gate) * up
