@@ -18,8 +18,8 @@ tokens, 512 -> 1,376, in GFLOP per CPU-second:
 A whole training step of 27 M parameters (4 x 256 tokens, 6 scanned layers, AdamW; the smallest of
 six to ten interleaved steps; jax 0.10.2) against autodiff, with every projection
 written `btd,df->btf`: 1.25 times as fast in float32, 1.45 times in bfloat16; less where weights
-have more axes, which autodiff multiplies at 80 to 95 percent of this speed in float32. No gain: `optimization_barrier` around transposes (XLA turns them back into
-layouts).
+have more axes, which autodiff multiplies at 80 to 95 percent of this speed in float32.
+No gain: `optimization_barrier` around transposes (XLA turns them back into layouts).
 
 Why `keep_memory`: glibc gives each large buffer back to the system when it is freed, and
 the next one is cleared page by page; the step above spends a sixth of its time there.
