@@ -1,10 +1,14 @@
 """What a user may get wrong is said before any long work, by file and row or by flag."""
 
+import copy
 import gzip
 
 import jax
 import pytest
+from absl import logging
 
+from baichuan_jax import tokenizer
+from baichuan_jax.data.dialogue import dialogue
 from baichuan_jax.training.pretrain import pretrain
 
 
@@ -67,11 +71,33 @@ def test_weights_of_sets_that_are_not_there(config, tmp_path):
     refused(config, tmp_path, r"config.data.weights: 'chats=1'.*chat.en")
 
 
-def test_packed_rows_of_a_run_are_not_replaced_unasked(config, tmp_path):
+def test_packed_rows_of_a_run_are_not_replaced_unasked(config, corpus, tmp_path, caplog):
+    rows_of_text = (corpus / "zh_en.jsonl").read_text().splitlines(keepends=True)
+    text = tmp_path / "chat.jsonl"
+    text.write_text("".join(rows_of_text))
+    config.data.sources = str(text)
     config.training.num_steps, config.checkpoint.every_steps = 4, 4
-    pretrain(config, tmp_path / "run")
-    rows = {p: p.read_bytes() for p in (tmp_path / "run" / "shards").rglob("rows-*")}
-    config.data.sequence_length = 16
-    with pytest.raises(ValueError, match=r"sequence_length: 32 -> 16(.|\n)*accept_changed_data"):
-        pretrain(config, tmp_path / "run")
-    assert all(path.read_bytes() == content for path, content in rows.items())
+    run = tmp_path / "run"
+    pretrain(config, run)
+    packed = {path: path.read_bytes() for path in (run / "shards").rglob("rows-*")}
+    config.training.num_steps = 5
+
+    def refused_run(config, message):
+        with pytest.raises(ValueError, match=message + r"(.|\n)*accept_changed_data"):
+            pretrain(config, run)
+        assert all(path.read_bytes() == content for path, content in packed.items())
+
+    shorter, other = copy.deepcopy(config), copy.deepcopy(config)
+    shorter.data.sequence_length = 16
+    refused_run(shorter, "sequence_length: 32 -> 16")
+    other.data.tokenizer = str(tmp_path / "other.model")
+    documents = [(document.text, document.source) for document in dialogue(100, seed=2)]
+    tokenizer.train(documents, other.data.tokenizer, vocab_size=900)
+    refused_run(other, "tokenizer: .* -> ")
+    text.write_text("".join(rows_of_text[:-50]))
+    refused_run(config, "files: .* -> ")
+    config.checkpoint.accept_changed_data = True
+    with caplog.at_level(logging.WARNING):
+        state = pretrain(config, run)
+    assert int(state.step) == 5
+    assert "New batches from row 32 on:\n" in caplog.text and "sets chat.zh: " in caplog.text
