@@ -9,19 +9,15 @@ the same command on each with --coordinator=auto (TPU pods, Slurm) or with --coo
 --num_processes and --process_id.
 """
 
-import os
-import sys
-
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from baichuan_jax.model import cpu
 from baichuan_jax.parallel.mesh import start_processes
-from baichuan_jax.training.checkpoint import CheckpointError
-from baichuan_jax.training.loop import NonFiniteError
 from baichuan_jax.training.metrics import plot, quiet_logs
 from baichuan_jax.training.pretrain import pretrain
+from experiments.errors import in_one_line, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, local or gs://.")
@@ -31,19 +27,15 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+@in_one_line()
 def main(_):
     quiet_logs()
     cpu.keep_memory()
     start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    try:
-        pretrain(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError, CheckpointError, NonFiniteError) as error:
-        if "BAICHUAN_JAX_TRACEBACK" in os.environ:
-            raise
-        sys.exit(f"{type(error).__name__}: {error}")
+    pretrain(_CONFIG.value, _WORKDIR.value)
     if jax.process_index() == 0:
         plot(_WORKDIR.value)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -17,10 +17,10 @@ from baichuan_jax import tokenizer as tokenizer_module
 from baichuan_jax.data import sources
 from baichuan_jax.inference.sampling import generate
 from baichuan_jax.model import cpu
-from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.training.metrics import Progress, quiet_logs
-from baichuan_jax.training.pretrain import open_data, pretrain
+from baichuan_jax.training.pretrain import checked_mesh, open_data, pretrain
 from baichuan_jax.training.report import baselines, write_report
+from experiments.errors import in_one_line, parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "The run's folder.")
@@ -47,11 +47,13 @@ def train_tokenizer(config, path: Path) -> None:
         tokenizer_module.train(texts, path, vocab_size=config.model.vocab_size)
 
 
+@in_one_line()
 def main(_):
     quiet_logs()
     cpu.keep_memory()
     began = time.monotonic()
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    mesh = checked_mesh(config)
     workdir.mkdir(parents=True, exist_ok=True)
     config.data.tokenizer = str(workdir / "tokenizer.model")
     train_tokenizer(config, workdir / "tokenizer.model")
@@ -59,7 +61,7 @@ def main(_):
     if int(state.step) < config.training.num_steps:
         sys.exit(f"Stopped after step {int(state.step)}; run again, it goes on from there.")
     tokenizer = tokenizer_module.Tokenizer(config.data.tokenizer)
-    with jax.set_mesh(make_mesh(config.mesh)):
+    with jax.set_mesh(mesh):
         options = {"max_new_tokens": 64, "temperature": 0.7, "top_k": 20, "dtype": "float32"}
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         new = generate(state.model, prompts, eos_id=tokenizer.eos_id, **options)
@@ -73,4 +75,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -11,6 +11,7 @@ from absl import app, flags
 
 from baichuan_jax import tokenizer
 from baichuan_jax.data import sources
+from experiments.errors import in_one_line
 
 _SOURCES = flags.DEFINE_multi_string(
     "sources", None, "Text to train on: NAME=PATH or PATH, separated by commas.", required=True
@@ -44,6 +45,7 @@ def _weights(items: list[str]) -> dict[str, float]:
     return weights
 
 
+@in_one_line()
 def main(_: list[str]) -> None:
     weights = _weights(_WEIGHTS.value)
     start = time.monotonic()

@@ -51,6 +51,18 @@ def open_data(
     return shards.load(directory, tokenizer=tokenizer, sequence_length=config.sequence_length)
 
 
+def checked_mesh(config: Config) -> jax.sharding.Mesh:
+    """The mesh of a config whose fields fit each other and the devices.
+
+    Raises:
+      ValueError: names the field that is wrong.
+    """
+    validate(config)
+    mesh = make_mesh(config.mesh)
+    check_fit(mesh, config.model, config.training.batch_size // config.training.micro_batches)
+    return mesh
+
+
 def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
     """Trains `config.model` on `config.data` in `workdir`, or goes on with a run there.
 
@@ -58,10 +70,7 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
       ValueError: before any long work; names the field, file or row that is wrong.
       NonFiniteError, CheckpointError: see `loop.train`.
     """
-    validate(config)
-    mesh = make_mesh(config.mesh)
-    training = config.training
-    check_fit(mesh, config.model, training.batch_size // training.micro_batches)
+    mesh = checked_mesh(config)
     if not config.data.tokenizer:
         raise ValueError(
             "config.data.tokenizer is empty: give a SentencePiece model, or train one with"
@@ -83,5 +92,5 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
     stream = Stream(manifest, "train", config.data)
     held_out = manifest.total("eval", "rows")
     eval_stream = Stream(manifest, "eval", config.data) if held_out else None
-    loss = pretraining_loss(config.model, training)
+    loss = pretraining_loss(config.model, config.training)
     return loop.train(config, workdir, mesh, loss, stream, eval_stream, tokenizer.token_bytes)

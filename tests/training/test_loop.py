@@ -134,12 +134,15 @@ def test_goes_on_with_the_same_losses_on_fewer_devices(config, tmp_path):
     np.testing.assert_allclose(list(losses(moved).values()), list(whole.values()), atol=1e-5)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(config, tmp_path):
+def test_a_damaged_newest_checkpoint_is_passed_over(config, tmp_path, caplog):
     whole = run_on(config, tmp_path, (1, 1, 1))
     newest = tmp_path / "checkpoints" / "00000012"
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-7])
-    again = run_on(config, tmp_path, (1, 1, 1))
+    with caplog.at_level(logging.INFO):
+        again = run_on(config, tmp_path, (1, 1, 1))
+    assert f"Not a sound checkpoint: {newest}" in caplog.text
+    assert "Resumes at step 8, row 64." in caplog.text
     assert_same(whole, again)
 
 
@@ -210,6 +213,13 @@ def test_a_step_that_is_not_finite_stops_the_run(config, tmp_path, value):
     assert names == ["00000004"]
 
 
+def test_log_every_thins_the_record_out_and_the_last_step_is_in_it(config, tmp_path):
+    config.training.log_every = 5
+    run_on(config, tmp_path, (1, 1, 1))
+    assert list(losses(tmp_path)) == [5, 10, 12]
+    assert list(losses(tmp_path, "eval")) == [6, 12]
+
+
 def test_profiler_window(config, tmp_path):
     config.training.num_steps = 5
     config.training.profile_start, config.training.profile_steps = 2, 2
@@ -267,17 +277,17 @@ def final_arrays(config, workdir):
 
 
 def killed_run_equals_uninterrupted(config, tmp_path, kills):
-    config.training.num_steps = 400
-    config.training.eval_every = 100
+    config.training.num_steps = 100 + 15 * kills
+    config.training.eval_every = 50
     config.checkpoint.every_steps = 7
     whole = run_on(config, tmp_path / "whole", (1, 1, 1))
     chance = random.Random(kills)
     workdir = tmp_path / "killed"
     for number in range(kills):
         process = start(config, workdir)
-        reach = int((number + chance.random()) * 380 / kills)
-        interrupt(process, workdir, reach, signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
+        reach = int((number + chance.random()) * (config.training.num_steps - 30) / kills)
+        said = interrupt(process, workdir, reach, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL, said
     process = start(config, workdir)
     assert process.wait() == 0, process.stderr.read()
     assert_same(whole, final_arrays(config, workdir))
@@ -293,16 +303,21 @@ def test_twenty_kills_change_no_bit(config, tmp_path):
     killed_run_equals_uninterrupted(config, tmp_path, 20)
 
 
-def test_sigterm_saves_and_exits_cleanly(config, tmp_path):
-    config.training.num_steps = 2_000
+def test_sigterm_saves_and_exits_cleanly_and_changes_no_bit(config, tmp_path):
+    config.training.num_steps = 300
     config.training.eval_every = config.checkpoint.every_steps = 10_000
-    said = interrupt(start(config, tmp_path), tmp_path, 20, signal.SIGTERM)
-    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert len(names) == 1 and 20 <= int(names[0]) < 2_000, said
-    assert "Traceback" not in said
-    process = start(config, tmp_path)
-    said = interrupt(process, tmp_path, int(names[0]) + 5, signal.SIGTERM)
-    assert process.returncode == 0 and f"Resumes at step {int(names[0])}," in said
+    whole = run_on(config, tmp_path / "whole", (1, 1, 1))
+    stopped = tmp_path / "stopped"
+    process = start(config, stopped)
+    said = interrupt(process, stopped, 20, signal.SIGTERM)
+    assert process.returncode == 0 and "Traceback" not in said, said
+    [name] = [path.name for path in (stopped / "checkpoints").iterdir()]
+    assert 20 <= int(name) < 300 and int(name) == steps_done(stopped)
+    process = start(config, stopped)
+    _, said = process.communicate()
+    assert process.returncode == 0 and f"Resumes at step {int(name)}," in said, said
+    assert_same(whole, final_arrays(config, stopped))
+    assert losses(stopped) == losses(tmp_path / "whole")
 
 
 def test_unknown_fields_are_refused_with_the_flag_named(config, tmp_path):
