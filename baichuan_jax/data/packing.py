@@ -10,6 +10,7 @@ T is the sequence length.
 
 import collections
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -89,6 +90,19 @@ def pack(
     shards.write(manifest, shards.MANIFEST)
     (directory / shards.PARTIAL).unlink()
     return manifest
+
+
+def wait(config: DataConfig, tokenizer: Tokenizer, directory: epath.PathLike) -> None:
+    """Returns when another process has packed these inputs into `directory`.
+
+    It looks every few seconds: packing may take hours, and collectives time out in minutes.
+    """
+    inputs, directory = _inputs(config, tokenizer), epath.Path(directory)
+    while not (
+        (directory / shards.MANIFEST).exists()
+        and shards.read(directory, shards.MANIFEST).inputs == inputs
+    ):
+        time.sleep(2)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -108,9 +108,10 @@ def our_side(shape: Shape) -> Side:
 
     def train() -> float:
         nonlocal state
+        number = int(state.step) + 1
         began = time.perf_counter()
         with jax.set_mesh(mesh):
-            state, metrics = run(state, batch)
+            state, metrics = run(state, number, batch)
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - began
 

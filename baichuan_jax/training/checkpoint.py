@@ -12,7 +12,6 @@ All processes of a run call every method here at the same point of the program.
 """
 
 import concurrent.futures
-import hashlib
 import json
 import re
 import shutil
@@ -24,7 +23,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-_MANIFEST = "manifest-{:05d}-of-{:05d}.json"  # part and number of parts: one a process
+from baichuan_jax.training import manifest
+
 _FOLDER = re.compile(r"(\d{8,})(\.orbax-checkpoint-tmp.*)?")
 
 
@@ -70,7 +70,7 @@ class Checkpoints:
             probe.write_text("This process can write here.")
             probe.unlink()
         except Exception as error:  # each file system has its own kinds
-            return [_describe(error)]
+            return [manifest.describe(error)]
         return []
 
     def save(self, step: int, state, meta: dict, tokens: int) -> None:
@@ -90,7 +90,7 @@ class Checkpoints:
         """
         self.wait()
         path = self._path(step)
-        if _is_complete(path) and step not in self._damaged:
+        if manifest.is_complete(path) and step not in self._damaged:
             raise CheckpointError(
                 f"{path} holds a checkpoint already, and it is not overwritten. Move it away, or"
                 " write to another directory."
@@ -105,7 +105,7 @@ class Checkpoints:
                     path, parts, overwrite=True, custom_metadata=meta
                 )
         except Exception as error:
-            raise self._failure(step, needed, [_describe(error)]) from error
+            raise self._failure(step, needed, [manifest.describe(error)]) from error
         self._damaged.discard(step)
         writing = self._executor.submit(_finish, response, path, step, tokens)
         self._writing = step, needed, writing
@@ -120,7 +120,7 @@ class Checkpoints:
             return
         (step, needed, writing), self._writing = self._writing, None
         error = writing.exception()
-        problems = _of_all_processes([_describe(error)] if error else [])
+        problems = _of_all_processes([manifest.describe(error)] if error else [])
         if problems:
             raise self._failure(step, needed, problems) from error
         if jax.process_index() == 0:
@@ -178,7 +178,7 @@ class Checkpoints:
     def _sound(self) -> list[int]:
         """The steps that are sound, in order, as far as is known without reading all of them."""
         steps = [step for step in _steps(self.directory) if step not in self._damaged]
-        return [step for step in steps if not _problems(self._path(step))]
+        return [step for step in steps if not manifest.problems(self._path(step))]
 
     def _failure(self, step: int, needed: int, problems: list[str]) -> CheckpointError:
         """The error of a save, after clearing away what it left."""
@@ -207,7 +207,7 @@ class Checkpoints:
         kept = set(sound[-self._keep :])
         passed = 0
         for step in sound:
-            tokens, _ = _read_manifest(self._path(step))
+            tokens, _ = manifest.read(self._path(step))
             if self._keep_every_tokens and tokens // self._keep_every_tokens > passed:
                 passed = tokens // self._keep_every_tokens
                 kept.add(step)
@@ -295,38 +295,7 @@ def _check_fit(path: epath.Path, part: str, named: dict, exact: bool) -> None:
 def _finish(response, path: epath.Path, step: int, tokens: int) -> None:
     """In the background: awaits Orbax's commit, then hashes this process's share of the files."""
     response.result()
-    index, count = jax.process_index(), jax.process_count()
-    files = {}
-    for name in _files(path)[index::count]:
-        files[name] = {"bytes": (path / name).stat().length, "sha256": _hash(path / name)}
-    part = path / _MANIFEST.format(index, count)
-    partial = path / f"{part.name}.partial"
-    partial.write_text(json.dumps({"step": step, "tokens": tokens, "files": files}, indent=1))
-    partial.replace(part)
-
-
-def _hash(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _files(path: epath.Path, without: tuple[str, ...] = ()) -> list[str]:
-    """The files of a checkpoint, relative to it, in order; no manifest, nothing `without`."""
-    files = [folder / name for folder, _, names in path.walk() for name in names]
-    names = [file.relative_to(path).as_posix() for file in files]
-    return sorted(name for name in names if not name.startswith(("manifest-", *without)))
-
-
-def _is_complete(path: epath.Path) -> bool:
-    """Whether the manifest has all its parts."""
-    first = next(path.glob("manifest-00000-of-*.json"), None)
-    if first is None:
-        return False
-    count = int(first.name.removesuffix(".json").rsplit("-", 1)[1])
-    return all((path / _MANIFEST.format(i, count)).exists() for i in range(count))
+    manifest.write(path, step, tokens)
 
 
 def _delete(path: epath.Path) -> None:
@@ -336,7 +305,7 @@ def _delete(path: epath.Path) -> None:
             part.unlink()
         path.rmtree(missing_ok=True)
     except Exception as error:
-        logging.warning("%s could not be deleted: %s", path, _describe(error))
+        logging.warning("%s could not be deleted: %s", path, manifest.describe(error))
 
 
 def _folders(directory: epath.Path) -> list[tuple[int, epath.Path]]:
@@ -349,52 +318,12 @@ def _folders(directory: epath.Path) -> list[tuple[int, epath.Path]]:
 
 def _steps(directory: epath.Path) -> list[int]:
     """The steps with a complete manifest, in order."""
-    return [step for step, path in _folders(directory) if _is_complete(path)]
+    return [step for step, path in _folders(directory) if manifest.is_complete(path)]
 
 
 def _unfinished(directory: epath.Path) -> list[tuple[int, epath.Path]]:
     """Step and folder of saves, or of deletions, that did not come to their end."""
-    return [(step, path) for step, path in _folders(directory) if not _is_complete(path)]
-
-
-def _read_manifest(path: epath.Path, without: tuple[str, ...] = ()) -> tuple[int, dict]:
-    """Tokens, and {file: {'bytes', 'sha256'}}."""
-    parts = [json.loads(part.read_text()) for part in path.glob("manifest-*.json")]
-    files = {name: entry for part in parts for name, entry in part["files"].items()}
-    wanted = {name: files[name] for name in sorted(files) if not name.startswith(without)}
-    return parts[0]["tokens"], wanted
-
-
-def _problems(path: epath.Path, without: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with the manifest or with the files' names and sizes."""
-    if not path.exists():
-        return ["there is no such folder"]
-    if not _is_complete(path):
-        return ["its manifest is missing or incomplete: the save was interrupted"]
-    try:
-        _, expected = _read_manifest(path, without)
-    except Exception as error:
-        return [f"its manifest cannot be read ({_describe(error)})"]
-    present = set(_files(path, without))
-    problems = [f"{name} was added" for name in sorted(present - expected.keys())]
-    problems += [f"{name} is missing" for name in sorted(expected.keys() - present)]
-    for name in sorted(present & expected.keys()):
-        if (size := (path / name).stat().length) != expected[name]["bytes"]:
-            problems.append(f"{name} has {size:,} bytes instead of {expected[name]['bytes']:,}")
-    return problems
-
-
-def _changes(path: epath.Path, without: tuple[str, ...]) -> list[str]:
-    """What is wrong with the contents of this process's share of the files."""
-    problems = []
-    _, expected = _read_manifest(path, without)
-    for name in list(expected)[jax.process_index() :: jax.process_count()]:
-        try:
-            if _hash(path / name) != expected[name]["sha256"]:
-                problems.append(f"{name} was changed (its hash differs)")
-        except Exception as error:
-            problems.append(f"{name} cannot be read ({_describe(error)})")
-    return problems
+    return [(step, path) for step, path in _folders(directory) if not manifest.is_complete(path)]
 
 
 def _newest_sound(
@@ -405,7 +334,8 @@ def _newest_sound(
     damaged, reports = set(), []
     for candidate in sorted(steps, reverse=True) if step is None else [step]:
         path = directory / f"{candidate:08d}"
-        problems = _of_all_processes(_problems(path, without) or _changes(path, without))
+        problems = manifest.problems(path, without) or manifest.changes(path, without)
+        problems = _of_all_processes(problems)
         if not problems:
             return path, damaged
         damaged.add(candidate)
@@ -424,10 +354,6 @@ def _of_all_processes(lines: list[str]) -> list[str]:
     texts = multihost_utils.process_allgather(np.pad(text, (0, sizes.max() - text.size)))
     each = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
     return [line for lines in each for line in lines]
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:

@@ -25,7 +25,7 @@ from jax import P
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from baichuan_jax.config import BATCH_AXES, Config, from_json, to_json
+from baichuan_jax.config import BATCH_AXES, Config, to_json
 from baichuan_jax.data.stream import Stream, difference, prefetch
 from baichuan_jax.training import metrics, optimizer
 from baichuan_jax.training import step as step_module
@@ -113,7 +113,7 @@ def train(
             profile(step)
             batch = next(batches)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, results = run_step(state, batch)
+                state, results = run_step(state, step, batch)
             position = Position(
                 step,
                 position.row + training.batch_size,
@@ -170,12 +170,6 @@ def _start(
         logging.info("Resumes at step %d, row %d.", position.step, position.row)
         return state, position
     if init_from := config.checkpoint.init_from:
-        source = from_json(epath.Path(init_from) / "config.json").model
-        if changed := difference(dataclasses.asdict(source), dataclasses.asdict(config.model)):
-            raise ValueError(
-                f"config.checkpoint.init_from={init_from} holds another model than"
-                f" config.model:\n{changed}"
-            )
         model = restore_model(epath.Path(init_from) / "checkpoints", abstract.model)
         logging.info("Starts from the weights of %s.", init_from)
     else:
@@ -326,7 +320,7 @@ def _explain(
     model: nnx.Module,
     checkpoints: Checkpoints,
 ) -> str:
-    """What is known of a step that is not finite. The step itself changed no weight."""
+    """What is known of a step that is not finite. Neither it nor a later one changed a weight."""
     first = where.row - config.training.batch_size
     batch = stream.global_batch(first, config.training.batch_size, rows)
     culprit = step_module.first_nonfinite(loss, model, batch, config.training.micro_batches)

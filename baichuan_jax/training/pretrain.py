@@ -1,13 +1,14 @@
 """Pre-training from a config alone: mesh, tokenizer, packed rows, loop (paper §2)."""
 
+import dataclasses
+
 import jax
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
-from baichuan_jax.config import Config, DataConfig, validate
+from baichuan_jax.config import Config, DataConfig, from_json, validate
 from baichuan_jax.data import packing, shards, sources
-from baichuan_jax.data.stream import Stream
+from baichuan_jax.data.stream import Stream, difference
 from baichuan_jax.parallel.mesh import check_fit, make_mesh
 from baichuan_jax.tokenizer import Tokenizer
 from baichuan_jax.training import loop
@@ -25,6 +26,12 @@ def open_data(
     Raises:
       ValueError: names the field, file or row that is wrong, or what changed.
     """
+    directory = epath.Path(config.shards or epath.Path(workdir) / "shards")
+    if "://" in str(directory):
+        raise ValueError(
+            f"{directory}: ArrayRecord files are read from a file system only. Give"
+            " --config.data.shards=DIR on one that all hosts mount."
+        )
     if config.shards and not config.sources:
         return shards.load(
             config.shards, tokenizer=tokenizer, sequence_length=config.sequence_length
@@ -34,7 +41,6 @@ def open_data(
             "No text to train on: give --config.data.sources=NAME=PATH,… (.jsonl, .parquet, text"
             " folders, tfds:NAME) or --config.data.shards=DIR with rows that are already packed."
         )
-    directory = epath.Path(config.shards or epath.Path(workdir) / "shards")
     if jax.process_index() == 0:
         total = sources.expected_bytes([config.sources, config.eval_sources])
         with Progress("pack", total, unit="B") as progress:
@@ -47,7 +53,8 @@ def open_data(
                     size, documents=f"{documents:,}", tokens=f"{tokens:,}"
                 ),
             )
-    multihost_utils.sync_global_devices("packed")
+    else:
+        packing.wait(config, tokenizer, directory)
     return shards.load(directory, tokenizer=tokenizer, sequence_length=config.sequence_length)
 
 
@@ -61,6 +68,22 @@ def checked_mesh(config: Config) -> jax.sharding.Mesh:
     mesh = make_mesh(config.mesh)
     check_fit(mesh, config.model, config.training.batch_size // config.training.micro_batches)
     return mesh
+
+
+def _check_source(config: Config) -> None:
+    """Refuses to take the weights of a run with another architecture."""
+    path = epath.Path(config.checkpoint.init_from) / "config.json"
+    if not path.exists():
+        raise ValueError(
+            f"config.checkpoint.init_from={config.checkpoint.init_from}: should be the folder of"
+            " a run, with its config.json and checkpoints."
+        )
+    source, model = (dataclasses.asdict(c.model) for c in (from_json(path), config))
+    if changed := difference(source, model):
+        raise ValueError(
+            f"config.checkpoint.init_from={config.checkpoint.init_from} holds another model than"
+            f" config.model:\n{changed}"
+        )
 
 
 def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
@@ -84,8 +107,10 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
         )
     workdir = epath.Path(workdir).expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
-    trained = bool(config.data.shards) or any((workdir / "checkpoints").glob("*"))
-    replace = config.checkpoint.accept_changed_data or not trained
+    resumes = any((workdir / "checkpoints").glob("*"))
+    if config.checkpoint.init_from and not resumes:
+        _check_source(config)
+    replace = config.checkpoint.accept_changed_data or not (resumes or config.data.shards)
     manifest = open_data(config.data, tokenizer, workdir, replace=replace)
     for reason, count in manifest.dropped.items():
         logging.warning("%s documents were dropped: %s.", f"{count:,}", reason)

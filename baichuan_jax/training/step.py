@@ -150,6 +150,7 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
 
 def train_step(
     state: TrainState,
+    number: jax.Array | int,
     batch: Batch,
     *,
     loss: Loss,
@@ -159,6 +160,11 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One AdamW update. A step whose loss or gradient is not finite changes no weight.
 
+    Nor does any after it: whoever reads the results later finds the weights that it met.
+
+    Args:
+      number: of this step, from 1; the state changes only where it is the next one.
+
     Returns:
       The new state and the metrics: sums over tokens as the loss names them, `tokens`,
       `gradient_norm` before clipping, and `squared_norms` by parameter and layer.
@@ -166,12 +172,12 @@ def train_step(
     grads, count, sums = gradients(loss, state.model, batch, micro_batches)
     squares = optimizer.squared_norms(grads)
     norm = jnp.sqrt(sum(jnp.sum(square) for square in squares.values()))
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+    good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & (number == state.step + 1)
     grads = optimizer.clip(grads, norm, clip_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
     new = TrainState(state.step + 1, model, opt_state)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
     metrics = {**sums, "tokens": count, "gradient_norm": norm, "squared_norms": squares}
     return state, metrics
 

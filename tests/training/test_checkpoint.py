@@ -20,7 +20,7 @@ from baichuan_jax.config import MeshConfig, ModelConfig
 from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.parallel.zero import shardings
-from baichuan_jax.training import checkpoint
+from baichuan_jax.training import manifest
 from baichuan_jax.training.checkpoint import CheckpointError, Checkpoints, restore_model
 
 CONFIG = ModelConfig(
@@ -156,8 +156,8 @@ def test_donated_buffers_do_not_change_what_is_saved(tmp_path, states, abstract)
 
 def test_is_a_checkpoint_only_when_the_manifest_is_complete(tmp_path, states, monkeypatch):
     hashing = threading.Event()
-    hash_file = checkpoint._hash
-    monkeypatch.setattr(checkpoint, "_hash", lambda path: hashing.wait() and hash_file(path))
+    hash_file = manifest.hash_file
+    monkeypatch.setattr(manifest, "hash_file", lambda path: hashing.wait() and hash_file(path))
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, states[0], {}, tokens=1)  # returns before it is written
         assert checkpoints.newest() is None
@@ -273,7 +273,7 @@ def test_deletes_nothing_before_the_new_one_is_complete(tmp_path, states, abstra
         checkpoints.save(1, states[0], {}, tokens=1)
         checkpoints.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_hash", fail)
+            patch.setattr(manifest, "hash_file", fail)
             checkpoints.save(2, states[1], {}, tokens=2)
             with pytest.raises(CheckpointError, match=r"step 2 .*No space.*00000001, is intact"):
                 checkpoints.save(3, states[1], {}, tokens=3)  # the error surfaces here
@@ -377,7 +377,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import multihost_utils
 from pathlib import Path
-from baichuan_jax.training import checkpoint
+from baichuan_jax.training import checkpoint, manifest
 
 directory, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
@@ -407,7 +407,7 @@ assert (np.asarray(mine) == np.asarray(state(2)["model"]["w"].addressable_data(0
 if index == 1:
     def fail(path):
         raise OSError("quota exceeded")
-    checkpoint._hash = fail
+    manifest.hash_file = fail
 checkpoints.save(4, state(4), {}, tokens=4)
 try:
     checkpoints.wait()

@@ -1,6 +1,7 @@
 """What a user may get wrong is said before any long work, by file and row or by flag."""
 
 import copy
+import dataclasses
 import gzip
 
 import jax
@@ -8,8 +9,11 @@ import pytest
 from absl import logging
 
 from baichuan_jax import tokenizer
+from baichuan_jax.config import to_json
+from baichuan_jax.data import packing
 from baichuan_jax.data.dialogue import dialogue
-from baichuan_jax.training.pretrain import pretrain
+from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.training.pretrain import open_data, pretrain
 
 
 def refused(config, tmp_path, message):
@@ -101,3 +105,37 @@ def test_packed_rows_of_a_run_are_not_replaced_unasked(config, corpus, tmp_path,
         state = pretrain(config, run)
     assert int(state.step) == 5
     assert "New batches from row 32 on:\n" in caplog.text and "sets chat.zh: " in caplog.text
+
+
+def test_weights_of_another_architecture_are_refused_before_packing(config, tmp_path):
+    config.checkpoint.init_from = str(tmp_path / "source")
+    refused(config, tmp_path, r"init_from=.*source: should be the folder of a run")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(to_json(config))
+    config.model.vocab_size, config.model.rope_base = 2_000, 5e5
+    changed = r"another model than config.model:\nvocab_size: 1000 -> 2000\nrope_base: 10000.0 -> "
+    refused(config, tmp_path, changed)
+    assert not (tmp_path / "run" / "shards").exists()
+
+
+def test_rows_in_a_bucket_are_refused(config):
+    words = Tokenizer(config.data.tokenizer)
+    with pytest.raises(ValueError, match=r"gs://bucket/run/shards: ArrayRecord.*data.shards=DIR"):
+        open_data(config.data, words, "gs://bucket/run")
+
+
+def test_other_processes_wait_until_the_rows_are_packed(config, tmp_path, monkeypatch):
+    words, directory = Tokenizer(config.data.tokenizer), tmp_path / "shards"
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 1:  # first, rows of other inputs are there
+            other = dataclasses.replace(config.data, sequence_length=16)
+            packing.pack(other, words, directory)
+        else:
+            packing.pack(config.data, words, directory)
+
+    monkeypatch.setattr(packing.time, "sleep", sleep)
+    packing.wait(config.data, words, directory)
+    assert len(looks) == 2

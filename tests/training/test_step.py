@@ -64,7 +64,7 @@ def run(config, shape=(1, 1, 1), micro_batches=1, steps=20, edit=None):
     with jax.set_mesh(mesh):
         for index in range(steps):
             batch = jax.device_put(batch_of(index), sharding)
-            state, metrics = train(state, batch)
+            state, metrics = train(state, index + 1, batch)
             losses.append(float(metrics["loss"] / metrics["tokens"]))
     return np.array(losses), metrics, state
 
@@ -175,6 +175,25 @@ def test_a_bad_step_changes_nothing_and_names_the_weight():
         batch = jax.device_put(batch_of(0), NamedSharding(mesh, P(BATCH_AXES, None)))
         said = step.first_nonfinite(loss, state.model, batch)
     assert said == "weight layer 1: layers.mlp.down"
+
+
+def test_no_step_after_a_bad_one_changes_anything():
+    """The loop reads a step's results when the next one is already under way."""
+    config = small_config()
+    _, _, good = run(config, steps=2)
+    plain = step.pretraining_loss(config.model, config.training)
+
+    def loss(module, batch):
+        total, count, sums = plain(module, batch)
+        third = jnp.all(batch["targets_BT"] == batch_of(2)["targets_BT"])
+        return jnp.where(third, jnp.nan, 1.0) * total, count, sums
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "pretraining_loss", lambda *_: loss)
+        losses, _, state = run(config, steps=4)
+    assert np.isfinite(losses).tolist() == [True, True, False, True]
+    for a, b in zip(jax.tree.leaves(good), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_names_the_first_bad_gradient():
