@@ -117,13 +117,8 @@ class Tokenizer:
         Their sum over `encode(text)` is the length of the text in UTF-8 (one more where the
         file adds a dummy prefix, as Baichuan 1), which turns nats per token into bits per byte.
         """
-        lengths_V = np.zeros(self.vocab_size, np.int32)
-        for i in range(self.vocab_size):
-            if self._processor.is_byte(i):
-                lengths_V[i] = 1
-            elif not (self._processor.is_control(i) or self._processor.is_unknown(i)):
-                piece = self._processor.id_to_piece(i)
-                lengths_V[i] = len(piece.replace(_SPACE_MARK, " ").encode())
+        lengths_V = np.array([len(self.id_bytes(i)) for i in range(self.vocab_size)], np.int32)
+        lengths_V[self.unk_id] = 0
         return lengths_V
 
     def encode(self, text: str) -> list[int]:
@@ -153,22 +148,42 @@ class Tokenizer:
             for text, row in zip(texts, ids, strict=True)
         ]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], continues: bool = False) -> str:
         """The text of token ids.
 
-        Special tokens give nothing, `<unk>` gives ' ⁇ ', bytes that are not UTF-8 give U+FFFD.
+        Special tokens give nothing, `<unk>` gives ' ⁇ ', each byte that is not part of a UTF-8
+        character gives U+FFFD.
+
+        Args:
+          continues: the text goes on from another one. Then its first space is kept, which is
+            the dummy prefix of a text of its own where the file adds one (Baichuan 1).
 
         Raises:
           ValueError: an id is not in the vocabulary.
         """
-        ids = [int(i) for i in ids]
-        for position, i in enumerate(ids):
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(
-                    f"Id {i} at position {position} is not in the vocabulary: ids are 0 to"
-                    f" {self.vocab_size - 1}."
-                )
-        return self._processor.decode(ids)
+        ids = [self._checked(i, f" at position {position}") for position, i in enumerate(ids)]
+        return (self._continuation if continues else self._processor).decode(ids)
+
+    def id_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for inside a text; b'' for special tokens.
+
+        Raises:
+          ValueError: the id is not in the vocabulary.
+        """
+        id = self._checked(id)
+        piece = self._processor.id_to_piece(id)
+        if self._processor.is_byte(id):
+            return bytes.fromhex(piece[3:5])  # <0xE4>
+        if self._processor.is_control(id) or self._processor.is_unknown(id):
+            return self._processor.decode([id]).encode()
+        return piece.replace(_SPACE_MARK, " ").encode()
+
+    def _checked(self, id: int, where: str = "") -> int:
+        if not 0 <= id < self.vocab_size:
+            raise ValueError(
+                f"Id {id}{where} is not in the vocabulary: ids are 0 to {self.vocab_size - 1}."
+            )
+        return int(id)  # it may be NumPy's
 
 
 @dataclasses.dataclass

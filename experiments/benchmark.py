@@ -1,30 +1,71 @@
-"""Times this project's training step beside Hugging Face transformers in PyTorch.
+"""Measures speed, and what quantisation costs.
 
-  pip install -e '.[oracle]'
+  pip install -e '.[oracle]'    # for the comparisons with transformers in PyTorch
   python -m experiments.benchmark --what=train_step
+  python -m experiments.benchmark --what=decode
+  python -m experiments.benchmark --what=decode --shape=7b --dtypes=bfloat16 --kinds=,int8,nf4
+  python -m experiments.benchmark --what=quantization --checkpoint=runs/quickstart
 
-The default shape suits two CPU cores; the same command runs on a GPU.
+The default shapes suit two CPU cores; the third line is for a GPU with 40 GB. Quantisation is
+measured on the held-out rows of a run, or on other text (--text='zh=/data/zh/*.jsonl').
 """
 
 import dataclasses
+import itertools
 
 from absl import app, flags
 
+from baichuan_jax.inference import benchmark as decoding
+from baichuan_jax.inference import perplexity
 from baichuan_jax.training import benchmark
+from experiments.errors import in_one_line
 
-_WHAT = flags.DEFINE_enum("what", "train_step", ["train_step"], "What to time.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Counted steps of each side.", lower_bound=1)
+_WHAT = flags.DEFINE_enum("what", "train_step", ["train_step", "decode", "quantization"], "What.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Counted steps or rounds of each side.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
 _SHAPE = [field for field in dataclasses.fields(benchmark.Shape) if field.name != "dtype"]
 for _field in _SHAPE:
-    flags.DEFINE_integer(_field.name, _field.default, "Of the model or the batch.", lower_bound=1)
+    flags.DEFINE_integer(_field.name, _field.default, "Of the training step.", lower_bound=1)
+_DECODE = flags.DEFINE_enum("shape", "27m", list(decoding.SHAPES), "Of the model that decodes.")
+_KINDS = flags.DEFINE_list("kinds", [""], "Of quantisation: '', int8, nf4, int4.")
+_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "Of keys and values; '': as --dtypes.")
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Decoded at most.", lower_bound=8)
+_REQUESTS = flags.DEFINE_integer("requests", 16, "Decoded together.", lower_bound=1)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart", "A run's folder.")
+_TEXT = flags.DEFINE_string("text", "", "Sources of text; '': the run's held-out rows.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "About how many to read; 0: all.", 0)
 
 
-def main(_):
+def _train_step():
     sizes = {field.name: flags.FLAGS[field.name].value for field in _SHAPE}
     for dtype in _DTYPES.value:
         shape = benchmark.Shape(**sizes, dtype=dtype)
-        print(benchmark.table(shape, benchmark.compare(shape, _STEPS.value)), flush=True)
+        yield benchmark.table(shape, benchmark.compare(shape, _STEPS.value))
+
+
+def _decode():
+    for dtype, kind in itertools.product(_DTYPES.value, _KINDS.value):
+        load = decoding.Load(
+            shape=_DECODE.value,
+            dtype=dtype,
+            kind=kind,
+            cache_dtype=_CACHE_DTYPE.value,
+            new_tokens=_NEW_TOKENS.value,
+            requests=_REQUESTS.value,
+        )
+        yield decoding.table(load, decoding.compare(load, _STEPS.value))
+
+
+def _quantization():
+    yield from perplexity.released_memory()
+    yield from perplexity.benchmark(_CHECKPOINT.value, _TEXT.value, _MAX_TOKENS.value)
+
+
+@in_one_line()
+def main(_):
+    parts = {"train_step": _train_step, "decode": _decode, "quantization": _quantization}
+    for lines in parts[_WHAT.value]():
+        print(lines, flush=True)
 
 
 if __name__ == "__main__":

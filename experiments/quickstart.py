@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from baichuan_jax import tokenizer as tokenizer_module
 from baichuan_jax.data import sources
-from baichuan_jax.inference.sampling import generate
+from baichuan_jax.inference.load import load
 from baichuan_jax.model import cpu
 from baichuan_jax.training.metrics import Progress, quiet_logs
 from baichuan_jax.training.pretrain import checked_mesh, open_data, pretrain
@@ -53,23 +53,20 @@ def main(_):
     cpu.keep_memory()
     began = time.monotonic()
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    mesh = checked_mesh(config)
+    checked_mesh(config)
     workdir.mkdir(parents=True, exist_ok=True)
     config.data.tokenizer = str(workdir / "tokenizer.model")
     train_tokenizer(config, workdir / "tokenizer.model")
     state = pretrain(config, workdir)
     if int(state.step) < config.training.num_steps:
         sys.exit(f"Stopped after step {int(state.step)}; run again, it goes on from there.")
-    tokenizer = tokenizer_module.Tokenizer(config.data.tokenizer)
-    with jax.set_mesh(mesh):
-        options = {"max_new_tokens": 64, "temperature": 0.7, "top_k": 20, "dtype": "float32"}
-        prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-        new = generate(state.model, prompts, eos_id=tokenizer.eos_id, **options)
-    samples = [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(PROMPTS, new, strict=True)]
+    model = load(workdir, dtype="float32", slots=len(PROMPTS), max_length=256)
+    new = model.generate(PROMPTS, max_new_tokens=64, temperature=0.7, top_k=20)
+    samples = list(zip(PROMPTS, new, strict=True))
     print(*(f"\n{prompt}⟶{continuation}" for prompt, continuation in samples), sep="\n")
-    manifest = open_data(config.data, tokenizer, workdir)
+    manifest = open_data(config.data, model.tokenizer, workdir)
     parameters = sum(x.size for x in jax.tree.leaves(state.model))
-    compared = baselines(manifest, config, tokenizer)
+    compared = baselines(manifest, config, model.tokenizer)
     path = write_report(workdir, config, parameters, manifest, compared, samples)
     print(f"\n{path} is written, {(time.monotonic() - began) / 60:.1f} minutes after the start.")
 

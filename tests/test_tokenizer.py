@@ -178,6 +178,18 @@ def test_token_bytes(ours):
     assert ours.token_bytes[3 + 128 :].all()
 
 
+def test_id_bytes(ours):
+    for text in TEXTS + list(random_texts(100)):
+        ids = ours.encode(text)
+        assert b"".join(ours.id_bytes(i) for i in ids) == text.encode()
+        assert ours.decode(ids, continues=True) == text
+    first = ours.encode("\0")[0]
+    assert [ours.id_bytes(first + byte) for byte in range(256)] == [bytes([b]) for b in range(256)]
+    assert {ours.id_bytes(i) for i in range(1, 3 + 128)} == {b""}
+    assert ours.id_bytes(np.int32(0)).decode() == ours.decode([0]) == " ⁇ "
+    assert ours.decode([first + byte for byte in "你".encode()[:2]]) == "\ufffd\ufffd"
+
+
 @pytest.mark.parametrize("literal", INJECTIONS)
 @pytest.mark.parametrize("user_defined", [False, True])
 def test_text_never_becomes_a_special_token(path, tmp_path, literal, user_defined):
@@ -211,6 +223,11 @@ def test_file_with_a_dummy_prefix(path, tmp_path):
     assert loaded.encode("the") == tokenizer.Tokenizer(path).encode(" the")
     texts = TEXTS + list(random_texts(100))
     assert [loaded.decode(loaded.encode(text)) for text in texts] == texts
+    for text in filter(None, texts):
+        ids = loaded.encode(text)
+        prefix = "" if text[0] == "▁" else " "
+        assert loaded.decode(ids, continues=True) == prefix + text
+        assert b"".join(map(loaded.id_bytes, ids)).decode() == prefix + text
 
 
 def test_file_with_a_padding_piece(path, tmp_path):
@@ -229,6 +246,9 @@ def test_refusals(ours):
         ours.decode([5, 800])
     with pytest.raises(ValueError, match="Id -1 at position 0"):
         ours.decode([-1])
+    for wrong in (-1, 800):
+        with pytest.raises(ValueError, match=f"Id {wrong} is not in the vocabulary: ids are 0 to"):
+            ours.id_bytes(wrong)
     with pytest.raises(ValueError, match=r"no special token '<reserved_128>'"):
         ours.special("<reserved_128>")
 

@@ -1,8 +1,9 @@
 """Causal attention in blocks: neither the logits nor the mask ever exist whole (§2.7).
 
 Who may see whom follows from positions and segments alone: a token attends to the
-tokens of its own segment at its own or an earlier position. Packed documents,
-padding (segment 0) and a key-value cache are all cases of this one rule.
+tokens of its own segment at its own or an earlier position. Packed documents and
+padding (segment 0) are cases of this one rule; a key-value cache, where the key of
+position j lies at index j, is another (`cached_attention`).
 
 Legend: B batch, T queries, S keys, H heads, K head width; Q, J one block of T, S.
 """
@@ -52,6 +53,47 @@ def attention(
     return kernel(q_BTHK, k_BSHK, v_BSHK, *where, slopes_H)
 
 
+def cached_attention(
+    q_BTHK: jax.Array,
+    k_BHSK: jax.Array,
+    v_BHSK: jax.Array,
+    q_positions_BT: jax.Array,
+    slopes_H: jax.Array | None = None,
+    k_scales_BHS: jax.Array | None = None,
+    v_scales_BHS: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of few queries to a cache that holds the key of position j at index j.
+
+    The same logits as `attention`; softmax in float32. Whatever lies at indices above a query's
+    position is not seen, so it need not be cleared.
+
+    Args:
+      q_BTHK: queries in a float dtype.
+      k_BHSK, v_BHSK: keys and values in the queries' dtype, or int8 with scales.
+      q_positions_BT: int32 positions of the queries.
+      slopes_H: float32 ALiBi slopes, or None for none.
+      k_scales_BHS, v_scales_BHS: float32; what an int8 key or value is multiplied with.
+
+    Returns:
+      [B, T, H, K] in the dtype of the queries.
+    """
+    f32, dtype = jnp.float32, q_BTHK.dtype
+    q_BHTK = q_BTHK.transpose(0, 2, 1, 3)
+    s = jnp.einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK.astype(dtype), preferred_element_type=f32)
+    if k_scales_BHS is not None:
+        s *= k_scales_BHS[:, :, None, :]
+    distance_BTS = jnp.arange(k_BHSK.shape[2]) - q_positions_BT[:, :, None]
+    s *= q_BTHK.shape[-1] ** -0.5
+    if slopes_H is not None:
+        s += slopes_H[:, None, None] * distance_BTS[:, None].astype(f32)
+    p = jax.nn.softmax(jnp.where(distance_BTS[:, None] <= 0, s, _MASKED), axis=-1)
+    if v_scales_BHS is not None:
+        p *= v_scales_BHS[:, :, None, :]
+    p = p.astype(dtype)
+    y = jnp.einsum("bhts,bhsk->bhtk", p, v_BHSK.astype(dtype), preferred_element_type=f32)
+    return y.astype(dtype).transpose(0, 2, 1, 3)
+
+
 def _pad_to(x, axis: int, size: int):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, size - x.shape[axis])
@@ -60,7 +102,6 @@ def _pad_to(x, axis: int, size: int):
 
 def _blockwise(q_BTHK, k_BSHK, v_BSHK, q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, slopes_H):
     T, S = q_BTHK.shape[1], k_BSHK.shape[1]
-    # A short query (decoding) is cheap over all keys at once.
     q_block, k_block = min(T, BLOCK), S if T * S <= BLOCK * BLOCK else min(S, BLOCK)
     q_size, k_size = -(-T // q_block) * q_block, -(-S // k_block) * k_block
     q = _pad_to(q_BTHK.transpose(0, 2, 1, 3), 2, q_size)

@@ -8,11 +8,12 @@ Beside each weight stands the `PartitionSpec` it is computed with: which dimensi
 is split over `tensor`. How it is stored between uses is `parallel.zero`'s affair;
 `use` brings it from there, and its transpose takes the gradient back.
 
-Legend: B batch, T time, S cache slots, D model, F feed-forward, H heads, K head
-width, V vocabulary (padded), L layers.
+Legend: B batch, T time, D model, F feed-forward, H heads, K head width, V vocabulary
+(padded), L layers.
 """
 
-import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, ModelConfig
 from baichuan_jax.model import cpu
 from baichuan_jax.model.attention import attention
 from baichuan_jax.model.position import alibi_slopes, rotate
+from baichuan_jax.model.quantized import Quantized
 
 _ACTIVATION = P(BATCH_AXES, None, None)
 
@@ -55,24 +57,25 @@ def weight(key: jax.Array, shape: tuple[int, ...], spec: P, scale: float) -> nnx
     return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32), spec=spec)
 
 
-def use(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
-    """The weight as the layer computes with it: cast first, then gathered."""
-    return place(param[...].astype(dtype), param.spec)
+def use(param: nnx.Param | Quantized, x: jax.Array) -> jax.Array:
+    """The weight as it meets `x`, in x's dtype: cast first, then gathered."""
+    if isinstance(param, Quantized):
+        return param.dequantize(x.dtype, after=x)
+    return place(param[...].astype(x.dtype), param.spec)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Cache:
-    """Keys and values of the tokens so far, in slots that all rows fill in step.
+class Memory(Protocol):
+    """Keys and values of one layer that outlive a call, for decoding (`inference.cache`)."""
 
-    `segments_BS` is 0 in empty and padding slots, so that nothing attends to them.
-    """
-
-    keys_LBSHK: jax.Array
-    values_LBSHK: jax.Array
-    positions_BS: jax.Array
-    segments_BS: jax.Array
-    filled: jax.Array  # int32 scalar: the slot where the next token goes
+    def attend(
+        self,
+        q_BTHK: jax.Array,
+        k_BTHK: jax.Array,
+        v_BTHK: jax.Array,
+        positions_BT: jax.Array,
+        slopes_H: jax.Array | None,
+    ) -> tuple[jax.Array, "Memory"]:
+        """Takes in the keys and values, then attends to all there are at earlier positions."""
 
 
 class RMSNorm(nnx.Module):
@@ -85,7 +88,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x = x_BTD.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return (x * use(self.gain, jnp.float32)).astype(x_BTD.dtype)
+        return (x * use(self.gain, x)).astype(x_BTD.dtype)
 
 
 class Attention(nnx.Module):
@@ -99,14 +102,10 @@ class Attention(nnx.Module):
         self.out = weight(key_out, (H, K, D), P(TENSOR_AXIS, None, None), scale)
         self.position, self.rope_base = config.position, config.rope_base
 
-    def __call__(self, x_BTD, positions_BT, segments_BT, memory=None):
-        """Attends within `x_BTD`, or to a cache `memory` that holds `x_BTD` afterwards.
-
-        `memory` is (keys_BSHK, values_BSHK, positions_BS, segments_BS, slot); positions and
-        segments already tell of `x_BTD`. Returns the output and the (keys, values) used.
-        """
+    def __call__(self, x_BTD, positions_BT, segments_BT, memory: Memory | None = None):
+        """Attends within `x_BTD`, or to `memory` and `x_BTD`. Returns the memory with both, too."""
         by_head = P(BATCH_AXES, None, None, TENSOR_AXIS, None)
-        qkv = einsum("btd,dchk->btchk", x_BTD, use(self.qkv, x_BTD.dtype), by_head)
+        qkv = einsum("btd,dchk->btchk", x_BTD, use(self.qkv, x_BTD), by_head)
         qkv = checkpoint_name(qkv, "qkv")
         q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
         slopes = None
@@ -115,15 +114,14 @@ class Attention(nnx.Module):
             k = rotate(k, positions_BT, self.rope_base)
         else:
             slopes = jnp.asarray(alibi_slopes(q.shape[2]))
-        k_positions, k_segments = positions_BT, segments_BT
-        if memory is not None:
-            keys, values, k_positions, k_segments, slot = memory
-            k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), slot, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), slot, 1)
-        y = attention(q, k, v, positions_BT, k_positions, segments_BT, k_segments, slopes)
+        if memory is None:
+            at = (positions_BT, positions_BT, segments_BT, segments_BT)
+            y = attention(q, k, v, *at, slopes)
+        else:
+            y, memory = memory.attend(q, k, v, positions_BT, slopes)
         y = checkpoint_name(y, "attention")
-        y = einsum("bthk,hkd->btd", y, use(self.out, y.dtype))
-        return checkpoint_name(y, "attention_out"), (k, v)
+        y = einsum("bthk,hkd->btd", y, use(self.out, y))
+        return checkpoint_name(y, "attention_out"), memory
 
 
 class SwiGLU(nnx.Module):
@@ -138,11 +136,11 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         split = P(BATCH_AXES, None, None, TENSOR_AXIS)
-        h = einsum("btd,dcf->btcf", x_BTD, use(self.gate_up, x_BTD.dtype), split)
+        h = einsum("btd,dcf->btcf", x_BTD, use(self.gate_up, x_BTD), split)
         h = checkpoint_name(h, "gate_up")
         gate, up = (x[:, :, 0] for x in jnp.split(h, 2, axis=2))
         h = jax.nn.silu(gate) * up
-        return einsum("btf,fd->btd", h, use(self.down, h.dtype))
+        return einsum("btf,fd->btd", h, use(self.down, h))
 
 
 class Block(nnx.Module):
@@ -156,11 +154,9 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(key_mlp, config)
 
     def __call__(self, x_BTD, positions_BT, segments_BT, memory=None):
-        y, keys_values = self.attention(
-            self.attention_norm(x_BTD), positions_BT, segments_BT, memory
-        )
+        y, memory = self.attention(self.attention_norm(x_BTD), positions_BT, segments_BT, memory)
         x_BTD = x_BTD + y
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_values
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
 
 
 def norm_head(head_VD: jax.Array) -> jax.Array:
@@ -185,8 +181,8 @@ class Transformer(nnx.Module):
         self.vocab_size, self.norm_head = config.vocab_size, config.norm_head
 
     def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Rows of the embedding. Looked up in float32, so that gradients add up in float32."""
-        table = use(self.embedding, jnp.float32)
+        """Rows of the embedding. Looked up as stored, so that gradients add up in float32."""
+        table = place(self.embedding[...], self.embedding.spec)
         if jax.sharding.get_abstract_mesh().empty:
             return table[tokens_BT].astype(dtype)
         rows = table.at[tokens_BT].get(out_sharding=P(BATCH_AXES, None, TENSOR_AXIS))
@@ -222,23 +218,20 @@ class Transformer(nnx.Module):
         x, _ = jax.lax.scan(body, x, self.layers, unroll=cpu.unroll(num_layers))
         return self.norm(x)
 
-    def decode(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """Like `__call__` for tokens that follow those in the cache, which then holds both."""
-        slot = cache.filled
-        positions = jax.lax.dynamic_update_slice_in_dim(cache.positions_BS, positions_BT, slot, 1)
-        segments = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, slot, 1)
+    def extend(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, memories: Sequence[Memory]
+    ) -> tuple[jax.Array, tuple[Memory, ...]]:
+        """Like `__call__` for tokens that follow those in the memories, which then hold both.
 
-        def body(x, layer_and_memory):
-            layer, keys, values = layer_and_memory
-            return layer(x, positions_BT, segments_BT, (keys, values, positions, segments, slot))
-
-        x = self.embed(tokens_BT, cache.keys_LBSHK.dtype)
-        stack = (self.layers, cache.keys_LBSHK, cache.values_LBSHK)
-        x, (keys, values) = jax.lax.scan(body, x, stack)
-        filled = slot + tokens_BT.shape[1]
-        return self.norm(x), Cache(keys, values, positions, segments, filled)
+        The layers are a sequence of blocks here, not a stack: a loop over a stack would copy each
+        layer's weights once more for every token.
+        """
+        x = self.embed(tokens_BT, self.embedding[...].dtype)
+        new = []
+        for layer, memory in zip(self.layers, memories, strict=True):
+            x, memory = layer(x, positions_BT, None, memory)
+            new.append(memory)
+        return self.norm(x), tuple(new)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states; padding rows of the table are -inf."""
@@ -246,6 +239,15 @@ class Transformer(nnx.Module):
         if self.norm_head:
             head_VD = norm_head(head_VD)
         head_VD = place(head_VD.astype(x_BTD.dtype), self.head.spec)
-        z = einsum("btd,vd->btv", x_BTD, head_VD, P(BATCH_AXES, None, TENSOR_AXIS))
+        split = None
+        if not jax.sharding.get_abstract_mesh().empty:
+            split = P(BATCH_AXES, None, TENSOR_AXIS)
+        z = jnp.einsum(
+            "btd,vd->btv",
+            x_BTD,
+            head_VD,
+            preferred_element_type=jnp.float32,
+            out_sharding=split,
+        )
         real = jnp.arange(z.shape[-1]) < self.vocab_size
-        return jnp.where(real, z.astype(jnp.float32), -jnp.inf)
+        return jnp.where(real, z, -jnp.inf)

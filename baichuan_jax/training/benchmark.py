@@ -1,19 +1,15 @@
 """Training steps timed beside Hugging Face transformers' Llama, step by step in turn.
 
-Each side runs in a process of its own and makes one step when it is told to, so that a
-machine whose speed drifts slows both alike; the ratios of minima and of medians are what
-counts. Both have the same shapes, random tokens, AdamW, clipping, and float32 weights;
-'bfloat16' is the compute dtype here and autocast there.
+The ratios of minima and of medians are what counts (see `interleave`). Both have the same
+shapes, random tokens, AdamW, clipping, and float32 weights; 'bfloat16' is the compute dtype
+here and autocast there.
 """
 
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -23,6 +19,7 @@ import numpy as np
 from jax import P
 from jax.sharding import NamedSharding
 
+from baichuan_jax import interleave
 from baichuan_jax.config import BATCH_AXES, Config, MeshConfig, ModelConfig
 from baichuan_jax.model import cpu
 from baichuan_jax.parallel.mesh import make_mesh
@@ -78,8 +75,9 @@ class Side:
     product_flops: float
 
 
-def our_side(shape: Shape) -> Side:
-    """This project's training step as `training.loop` runs it."""
+def our_side(**shape) -> Side:
+    """This project's training step as `training.loop` runs it; arguments as `Shape`."""
+    shape = Shape(**shape)
     cpu.keep_memory()
     config = Config(model=shape.model)
     config.training.compute_dtype, config.training.remat = shape.dtype, "none"
@@ -124,29 +122,36 @@ def our_side(shape: Shape) -> Side:
     return Side(about, train, product, 2 * size**3)
 
 
-def their_side(shape: Shape) -> Side:
-    """The same of transformers' LlamaForCausalLM with fused AdamW in PyTorch."""
-    import torch
+def llama(shape: Shape):
+    """transformers' LlamaForCausalLM of the shape, with random float32 weights."""
     import transformers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(os.cpu_count())
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as JAX has it on a GPU
-    dtype = getattr(torch, shape.dtype)
-    model = transformers.LlamaForCausalLM(
+    return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
             intermediate_size=shape.intermediate_size,
             num_hidden_layers=shape.num_layers,
             num_attention_heads=shape.num_heads,
-            max_position_embeddings=shape.sequence_length,
+            max_position_embeddings=4_096,
             tie_word_embeddings=False,
-            use_cache=False,
             attn_implementation="sdpa",
         )
-    ).to(device)
+    )
+
+
+def their_side(**shape) -> Side:
+    """The same of transformers' LlamaForCausalLM with fused AdamW in PyTorch."""
+    import torch
+    import transformers
+
+    shape = Shape(**shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count())
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX has it on a GPU
+    dtype = getattr(torch, shape.dtype)
+    model = llama(shape).to(device)
     adamw = torch.optim.AdamW(
         model.parameters(), 2e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -164,7 +169,7 @@ def their_side(shape: Shape) -> Side:
     def train() -> None:
         adamw.zero_grad(set_to_none=True)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=tokens, labels=tokens).loss
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         adamw.step()
@@ -178,47 +183,6 @@ def their_side(shape: Shape) -> Side:
 
 
 _SIDES = {"ours": our_side, "transformers": their_side}
-
-
-def serve(side: str, shape: Shape) -> None:
-    """A worker: for each line on standard input, the name of a field of `Side`, prints it as JSON.
-
-    A call is run, and its seconds are printed.
-    """
-    worker = _SIDES[side](shape)
-    for line in sys.stdin:
-        value = getattr(worker, line.strip())
-        print(json.dumps(value() if callable(value) else value), flush=True)
-
-
-class _Worker:
-    """A side in a process of its own."""
-
-    def __init__(self, side: str, shape: Shape):
-        call = f"benchmark.serve({side!r}, benchmark.Shape(**{dataclasses.asdict(shape)!r}))"
-        code = f"from baichuan_jax.training import benchmark; {call}"
-        # Threads of OpenMP that spin after their work would slow the other side.
-        quiet = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        quiet["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU has to hold both sides
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | quiet,
-        )
-
-    def ask(self, what: str) -> float | str:
-        self._process.stdin.write(f"{what}\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError("The benchmark's worker ended; its error stands above.")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def compare(shape: Shape, steps: int, sides: list[str] | None = None) -> dict[str, dict]:
@@ -235,24 +199,20 @@ def compare(shape: Shape, steps: int, sides: list[str] | None = None) -> dict[st
     if sides is None:
         installed = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
         sides = list(_SIDES) if installed else ["ours"]
-    workers = {side: _Worker(side, shape) for side in sides}
-    seconds = {side: {"train": [], "product": []} for side in sides}
-    results = {}
-    try:
-        for _ in range(WARM_UP + steps):
-            for side, worker in workers.items():
-                for what, times in seconds[side].items():
-                    times.append(worker.ask(what))
-        for side, worker in workers.items():
-            results[side] = {
-                "about": worker.ask("about"),
-                "train": seconds[side]["train"][WARM_UP:],
-                "limit": worker.ask("product_flops") / min(seconds[side]["product"]),
-            }
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return results
+    results = interleave.run(
+        {side: (_SIDES[side], dataclasses.asdict(shape)) for side in sides},
+        calls=["train", "product"],
+        about=["about", "product_flops"],
+        rounds=WARM_UP + steps,
+    )
+    return {
+        side: {
+            "about": result["about"],
+            "train": result["train"][WARM_UP:],
+            "limit": result["product_flops"] / min(result["product"]),
+        }
+        for side, result in results.items()
+    }
 
 
 def table(shape: Shape, results: dict[str, dict]) -> str:

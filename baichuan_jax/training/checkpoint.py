@@ -95,7 +95,7 @@ class Checkpoints:
                 f"{path} holds a checkpoint already, and it is not overwritten. Move it away, or"
                 " write to another directory."
             )
-        parts = _split(_by_name(state))
+        parts = _split(by_name(state))
         needed = sum(leaf.nbytes for part in parts.values() for leaf in part.values())
         context = ocp.Context()
         context.asynchronous.create_directories_asynchronously = False  # fails here, at once
@@ -162,13 +162,13 @@ class Checkpoints:
         """
         self.wait()
         path, self._damaged = _newest_sound(self.directory, step)
-        parts = _split(_by_name(abstract_state))
+        parts = _split(by_name(abstract_state))
         for name, part in parts.items():
             _check_fit(path, name, part, exact=True)
         logging.info("Restores %s.", path)
         parts = ocp.load_checkpointables(path, jax.tree.map(_concrete, parts))
         arrays = _join(parts)
-        leaves = [arrays[name] for name in _by_name(abstract_state)]
+        leaves = [arrays[name] for name in by_name(abstract_state)]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return state, ocp.checkpointables_metadata(path).custom_metadata
 
@@ -230,16 +230,26 @@ def restore_model(directory: epath.PathLike, abstract_model, step: int | None = 
       CheckpointError: where no checkpoint is sound; lists what is wrong with each.
       ValueError: where the model has other parameters or shapes than the checkpoint.
     """
-    path, _ = _newest_sound(_absolute(directory), step, without=("training/",))
-    named = _by_name(abstract_model)
+    path = sound_weights(directory, step)
+    named = by_name(abstract_model)
     _check_fit(path, "model", named, exact=False)
     logging.info("Restores the weights of %s.", path)
     named = ocp.load_checkpointables(path, {"model": jax.tree.map(_concrete, named)})["model"]
-    leaves = [named[name] for name in _by_name(abstract_model)]
+    leaves = [named[name] for name in by_name(abstract_model)]
     return jax.tree.unflatten(jax.tree.structure(abstract_model), leaves)
 
 
-def _by_name(tree) -> dict:
+def sound_weights(directory: epath.PathLike, step: int | None = None) -> epath.Path:
+    """The folder of a checkpoint whose weights are sound; arguments as in `restore_model`.
+
+    Raises:
+      CheckpointError: where no checkpoint is sound; lists what is wrong with each.
+    """
+    path, _ = _newest_sound(_absolute(directory), step, without=("training/",))
+    return path
+
+
+def by_name(tree) -> dict:
     """The leaves by their place in the tree, the same in each version of Flax and Optax."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]

@@ -1,4 +1,4 @@
-"""Writes llama.npz: logits of Hugging Face's LlamaForCausalLM on seeded weights.
+"""Writes llama.npz: logits and generated tokens of Hugging Face's LlamaForCausalLM, seeded weights.
 
 The 7B is a Llama whose Q, K, V are one matrix and whose head is normalised.
 
@@ -14,6 +14,8 @@ from baichuan_jax.config import ModelConfig
 CONFIG = ModelConfig(
     vocab_size=160, hidden_size=64, intermediate_size=176, num_layers=3, num_heads=4
 )
+NEW_TOKENS = 48
+PENALTY = 1.3
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -43,8 +45,33 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(7).integers(0, CONFIG.vocab_size, (2, 40)).astype(np.int32)
 
 
+def prompts() -> list[list[int]]:
+    """Of several lengths, for `generated`."""
+    rng = np.random.default_rng(11)
+    return [rng.integers(3, CONFIG.vocab_size, n).tolist() for n in (1, 7, 64, 65, 130)]
+
+
 def logits() -> np.ndarray:
     """Float32 logits [B, T, V] by transformers."""
+    import torch
+
+    with torch.no_grad():
+        return llama()(torch.tensor(tokens(), dtype=torch.long)).logits.numpy()
+
+
+def generated(repetition_penalty: float = 1.0) -> np.ndarray:
+    """The `NEW_TOKENS` likeliest ids that transformers' generate finds after each prompt."""
+    import torch
+
+    model = llama()
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    options |= {"eos_token_id": None, "pad_token_id": 0, "repetition_penalty": repetition_penalty}
+    rows = [model.generate(torch.tensor([prompt]), **options) for prompt in prompts()]
+    return np.stack([row[0, -NEW_TOKENS:].numpy() for row in rows]).astype(np.int32)
+
+
+def llama():
+    """transformers' model with our weights, the head normalised."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,9 +110,13 @@ def logits() -> np.ndarray:
         state[prefix + "post_attention_layernorm.weight"] = layer["mlp_norm.gain"]
     tensors = {name: torch.tensor(np.ascontiguousarray(value)) for name, value in state.items()}
     model.load_state_dict(tensors)
-    with torch.no_grad():
-        return model(torch.tensor(tokens(), dtype=torch.long)).logits.numpy()
+    return model
 
 
 if __name__ == "__main__":
-    np.savez_compressed(Path(__file__).with_name("llama.npz"), logits=logits())
+    np.savez_compressed(
+        Path(__file__).with_name("llama.npz"),
+        logits=logits(),
+        greedy=generated(),
+        penalized=generated(PENALTY),
+    )

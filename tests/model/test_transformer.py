@@ -166,16 +166,21 @@ def test_baichuan_1_has_no_norm_head():
     np.testing.assert_allclose(model.logits(hidden)[..., :200], want[..., :200], atol=1e-5)
 
 
-def ours_with_llama_weights():
-    """Our model carrying the weights that the Hugging Face model of the golden carries."""
-    config = make_llama.CONFIG
-    model = Transformer(jax.random.key(0), config)
-    for name, value in make_llama.weights().items():
+def with_weights(model, arrays):
+    """The model with arrays, by their names, in place of its own."""
+    for name, value in arrays.items():
         module, _, leaf = name.rpartition(".")
         target = model
         for part in filter(None, module.split(".")):
             target = getattr(target, part)
         getattr(target, leaf)[...] = jnp.asarray(value)
+    return model
+
+
+def ours_with_llama_weights():
+    """Logits of our model with the weights that the Hugging Face model of the golden has."""
+    config = make_llama.CONFIG
+    model = with_weights(Transformer(jax.random.key(0), config), make_llama.weights())
     tokens = make_llama.tokens()
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     hidden = model(tokens, positions, np.ones_like(tokens), dtype=jnp.float32)

@@ -1,0 +1,197 @@
+"""What quantisation costs: memory and perplexity beside full precision, on real text.
+
+Legend: B rows, T tokens, C of them at a time, D model, V vocabulary.
+"""
+
+import functools
+import tempfile
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from baichuan_jax.config import Config, DataConfig, ModelConfig, from_json
+from baichuan_jax.data import packing, shards
+from baichuan_jax.data.stream import Stream
+from baichuan_jax.inference import quantize
+from baichuan_jax.model.transformer import Transformer, norm_head
+from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.training.checkpoint import restore_model
+
+_NAMES = {"": "bfloat16", "int8": "int8", "nf4": "nf4", "int4": "int4"}
+_LOGITS = 1 << 26  # numbers that exist at one time: 256 MB in float32
+
+# The released models, and what the official repository says they take on a GPU, in GiB.
+RELEASED = {
+    "Baichuan2-7B": (ModelConfig(), {"": 14.0, "int8": 8.0, "nf4": 5.1}),
+    "Baichuan2-13B": (
+        ModelConfig(
+            hidden_size=5_120,
+            intermediate_size=13_696,
+            num_layers=40,
+            num_heads=40,
+            position="alibi",
+        ),
+        {"": 25.9, "int8": 14.2, "nf4": 8.6},
+    ),
+}
+
+
+def losses(
+    model: Transformer, batches: Iterable[dict[str, np.ndarray]], dtype: jnp.dtype = jnp.bfloat16
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-entropy of a model on packed rows; its layers are a stack.
+
+    Args:
+      batches: as `data.stream.Stream.rows` gives them.
+      dtype: of the computation.
+
+    Returns:
+      Nats of each row and the number of tokens that were predicted in it, float64.
+    """
+    nats, tokens = [], []
+    for batch in batches:
+        nats.append(_nats(model, batch, dtype))
+        tokens.append(batch["mask_BT"].sum(1))
+    return np.concatenate(nats, dtype=np.float64), np.concatenate(tokens, dtype=np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _nats(model, batch, dtype):
+    places = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
+    hidden_BTD = model(*places, dtype=dtype)
+    B, T, _ = hidden_BTD.shape
+    size = max(1, min(T, _LOGITS // (B * model.head.shape[0])))
+
+    def one(inputs):
+        hidden_BCD, targets_BC, mask_BC = inputs
+        logp_BCV = jax.nn.log_softmax(model.logits(hidden_BCD))
+        picked_BC = jnp.take_along_axis(logp_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(mask_BC, picked_BC, 0.0), axis=1)
+
+    def chunks(x):
+        x = jnp.pad(x, [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
+
+    inputs = (hidden_BTD, batch["targets_BT"], batch["mask_BT"])
+    return jnp.sum(jax.lax.map(one, jax.tree.map(chunks, inputs)), axis=0)
+
+
+def benchmark(checkpoint: epath.PathLike, text: str = "", max_tokens: int = 0) -> Iterator[str]:
+    """Lines of the report: memory and perplexity of each kind of quantisation.
+
+    Weights are those of the newest checkpoint, cast to bfloat16, the head normalised before; the
+    computation is in bfloat16, too. Uses one device.
+
+    Args:
+      checkpoint: a run's folder.
+      text: sources of text, as `data.sources` reads them; '' for the run's held-out rows.
+      max_tokens: about how many to read at most; 0: all.
+
+    Raises:
+      ValueError: no such run, or no text: says what would be right.
+    """
+    workdir = epath.Path(checkpoint).expanduser()
+    if not (workdir / "config.json").exists():
+        raise ValueError(
+            f"--checkpoint={checkpoint} is no run's folder. Name one, or make one in a few"
+            " minutes with `python -m experiments.quickstart`."
+        )
+    config = from_json(workdir / "config.json")
+    if kind := quantize.is_quantized(workdir):
+        raise ValueError(
+            f"--checkpoint={checkpoint} is quantised already, as {kind}: name the run with the"
+            " full-precision weights."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        stream, where = _open_text(config, workdir, text, scratch)
+        batch_size = max(1, 2_048 // config.data.sequence_length)
+        num_rows = stream.num_rows
+        if max_tokens:
+            num_rows = min(num_rows, -(-max_tokens // config.data.sequence_length))
+
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            for start in range(0, num_rows, batch_size):
+                yield stream.rows(range(start, min(start + batch_size, num_rows)))
+
+        full, full_bytes = np.zeros(1), 0
+        for kind in _NAMES:
+            model = _restore(config.model, workdir)
+            if kind:
+                model = quantize.quantize(model, kind)
+            nats, tokens = losses(model, batches())
+            sizes = quantize.memory(model)
+            if not kind:
+                full, full_bytes = nats, sizes["total"]
+                count = sum(x.size for x in jax.tree.leaves(model))
+                yield f"{workdir}: {count:,} parameters; {int(tokens.sum()):,} tokens of {where}"
+                yield (
+                    f"{'':9}{'linears':>10}{'embedding':>11}{'head':>9}{'total MiB':>11}"
+                    f"{'share':>7}{'nats/token':>12}{'perplexity':>12}{'change':>9} ± its error"
+                )
+            mib = {name: size / 2**20 for name, size in sizes.items()}
+            loss, change = nats.sum() / tokens.sum(), (nats - full).sum() / tokens.sum()
+            # Rows are independent; what is uncertain is the mean of their differences.
+            rest = nats - full - change * tokens
+            error = np.sqrt(np.sum(rest**2)) / tokens.sum()
+            yield (
+                f"{_NAMES[kind]:9}{mib['linears']:10.2f}{mib['embedding']:11.2f}{mib['head']:9.2f}"
+                f"{mib['total']:11.2f}{sizes['total'] / full_bytes:7.0%}{loss:12.4f}"
+                f"{np.exp(loss):12.3f}{np.expm1(change):+9.2%} ± {error:.2%}"
+            )
+            del model
+
+
+def released_memory() -> Iterator[str]:
+    """Lines of a table: the weights of the released models in GiB, from their shapes."""
+    yield f"{'GiB':16}{'':10}{'linears':>9}{'embedding':>11}{'head':>7}{'total':>8}{'official':>10}"
+    for name, (config, official) in RELEASED.items():
+        for kind in _NAMES:
+            sizes = quantize.memory(quantize.abstract(config, kind))
+            gib = {part: size / 2**30 for part, size in sizes.items()}
+            beside = f"{official[kind]:10.1f}" if kind in official else ""
+            yield (
+                f"{name:16}{_NAMES[kind]:10}{gib['linears']:9.2f}{gib['embedding']:11.2f}"
+                f"{gib['head']:7.2f}{gib['total']:8.2f}{beside}"
+            )
+    yield (
+        "Official: the table of the Baichuan 2 repository; its 4 bits are NF4 whose scales are"
+        " quantised again (0.37 bits less for each weight), here scales are float32."
+    )
+
+
+def _restore(config: ModelConfig, workdir: epath.Path) -> Transformer:
+    """The model as it is served, with a stack of layers."""
+    float32 = jax.eval_shape(lambda key: Transformer(key, config), jax.random.key(0))
+
+    def cast(model: Transformer) -> Transformer:
+        if model.norm_head:
+            model.head = model.head.replace(norm_head(model.head[...]))
+            model.norm_head = False
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+
+    model = restore_model(workdir / "checkpoints", float32)
+    return jax.jit(cast, donate_argnums=0)(model)
+
+
+def _open_text(config: Config, workdir: epath.Path, text: str, scratch: str) -> tuple[Stream, str]:
+    """Rows of text by index, and what to call them."""
+    T = config.data.sequence_length
+    if text:
+        file = workdir / "tokenizer.model"
+        tokenizer = Tokenizer(file if file.exists() else config.data.tokenizer)
+        data = DataConfig(sources=text, eval_fraction=0.0, sequence_length=T)
+        found = packing.pack(data, tokenizer, scratch)
+        for parts in found.sets.values():
+            parts["eval"] = parts["train"]  # each row once, in a fixed order
+        return Stream(found, "eval", data), text
+    directory = epath.Path(config.data.shards or workdir / "shards")
+    if not (directory / shards.MANIFEST).exists():
+        raise ValueError(
+            f"{directory} has no packed rows, so there is no held-out text of this run: give some"
+            " with --text=FILES."
+        )
+    found = shards.load(directory, tokenizer=None, sequence_length=T)
+    return Stream(found, "eval", config.data), f"held-out text, {directory}"
