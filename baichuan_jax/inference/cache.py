@@ -83,6 +83,20 @@ def copy_slots(cache: Cache, sources_R: jax.Array, targets_R: jax.Array) -> Cach
     return jax.tree.map(lambda x: _by_part(one, x)(x, sources_R, targets_R), cache)
 
 
+def take_slots(tree, slots_R: jax.Array):
+    """Rows of all arrays whose first axis are slots."""
+    return jax.tree.map(lambda x: _by_part(lambda x, slots: x[slots], x)(x, slots_R), tree)
+
+
+def put_slots(tree, rows, slots_R: jax.Array):
+    """The arrays with `rows` in place of what these slots had."""
+
+    def one(x, new):
+        return _by_part(lambda x, new, slots: x.at[slots].set(new), x)(x, new, slots_R)
+
+    return jax.tree.map(one, tree, rows)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -98,10 +112,7 @@ class Rows:
     def attend(self, q_BTHK, k_BTHK, v_BTHK, positions_BT, slopes_H):
         """Writes keys and values to their positions, then attends up to each query's own."""
         layer = self._written(k_BTHK, v_BTHK, positions_BT)
-        rows = layer
-        if self.slots_R is not None:
-            pick = lambda x, slots: x[slots]  # noqa: E731
-            rows = jax.tree.map(lambda x: _by_part(pick, x)(x, self.slots_R), layer)
+        rows = layer if self.slots_R is None else take_slots(layer, self.slots_R)
         y_BTHK = cached_attention(
             q_BTHK,
             rows.keys,
@@ -118,6 +129,9 @@ class Rows:
 
         def write(x, new, positions, *slots):
             slots = slots[0] if slots else jnp.arange(x.shape[0])
+            if positions.size == 1:  # XLA makes a scatter of one update a copy of the cache
+                new = jnp.pad(new, [(0, 0), (0, 1)] + [(0, 0)] * (new.ndim - 2))
+                positions = jnp.pad(positions, [(0, 0), (0, 1)], constant_values=NOWHERE)
             return x.at[slots[:, None], :, positions].set(new.astype(x.dtype), mode="drop")
 
         where = (positions_BT,) if self.slots_R is None else (positions_BT, self.slots_R)

@@ -10,7 +10,7 @@ A prompt is read but for its last token, which is the first one decoded: so ther
 where tokens are drawn. The keys of a request stay in its slot after it ends, and whoever begins
 with the same tokens takes them over (prefix reuse).
 
-Legend: N slots, R parts of the batch (1 without a mesh), C tokens of a prefill chunk, I tokens
+Legend: N slots, R prompts that are read at one time, C tokens of a chunk of them, I tokens
 decoded in a visit, V vocabulary.
 """
 
@@ -34,6 +34,7 @@ from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.tokenizer import Tokenizer
 
 _MIN_REUSE = 16  # a shorter common beginning is sooner read again than copied
+_WIDE = 4  # prompts in each part of the batch that are read at one time where so many wait
 _LOOK_AHEAD = 64  # queued requests that are considered at a visit
 _SHRINK_AFTER = 16  # visits in a row that a shorter cache would have done
 
@@ -126,10 +127,12 @@ class _Slot:
     def decoding(self) -> bool:
         return self.output is not None and not self.reading
 
-    @property
-    def needs(self) -> int:
-        """Indices of the cache that the next visit may fill."""
-        return 0 if self.output is None else max(len(self.prompt), self.held + 1)
+    def needs(self, steps: int) -> int:
+        """Indices of the cache that are filled after the prompt, or `steps` more tokens."""
+        if self.output is None:
+            return 0
+        left = self.output.request.max_new_tokens - len(self.output.tokens)
+        return len(self.prompt) if self.reading else self.held + min(steps, left)
 
     def common(self, prompt: np.ndarray) -> int:
         """How many tokens of the prompt the cache holds here, from the first one on."""
@@ -184,15 +187,14 @@ class Engine:
             self.vocab_size = min(self.vocab_size, tokenizer.vocab_size)
         self.num_slots, self.stats = slots, Stats()
         self._config, self._eos_id, self._tokenizer = config, eos_id, tokenizer
-        on_cpu = jax.default_backend() == "cpu"
-        self._chunk = min(chunk or (64 if on_cpu else 256), max_length)
+        self._on_cpu = jax.default_backend() == "cpu"
+        self._chunk = min(chunk or (64 if self._on_cpu else 256), max_length)
         self._visit = tokens_per_visit
         self._lengths = _lengths(max_length)
         self._length, self._too_long = self._lengths[0], 0
         self._slots = [_Slot(i, max_length) for i in range(slots)]
         self._queue: collections.deque[Output] = collections.deque()
         self._visits = 0
-        self._settings: Settings | None = None  # of the requests in the slots
         with self._context():
             dtype = jnp.dtype(cache_dtype or model.embedding[...].dtype)
             self._cache = cache_module.create(config, slots, self._length, dtype)
@@ -253,15 +255,14 @@ class Engine:
         """One visit: fill free slots, read a chunk of the prompts, decode a few tokens.
 
         Returns:
-          The outputs that changed. While nobody decodes, or few do, several chunks are read.
+          The outputs that changed. Where others decode, at most as many chunks are read as they
+          get tokens, which bounds how long they wait.
         """
         self._visits += 1
         with self._context():
             self._admit()
             changed = []
-            reading = sum(slot.reading for slot in self._slots)
-            decoding = sum(slot.decoding for slot in self._slots)
-            for _ in range(max(1, reading // max(1, decoding))):
+            for _ in range(self._visit):
                 changed += self._read()
             changed += self._score_only()
             changed += self._decode()
@@ -343,7 +344,6 @@ class Engine:
         slot.ids[:cached], slot.held = prompt[:cached], cached
         output.cached_tokens = cached
         self.stats.cached_tokens += cached
-        self._settings = None
         sampling = output.request.sampling
         if sampling.changes_logits or slot.biased:
             in_prompt = np.zeros(self._config.padded_vocab_size, bool)
@@ -365,25 +365,28 @@ class Engine:
     # Reading prompts.
 
     def _read(self) -> list[Output]:
-        """Reads one chunk of one prompt in each part of the batch."""
-        chosen: list[_Slot | None] = [None] * self._parts
+        """Reads one chunk of a prompt, or of several at one time where many wait."""
+        reading: list[list[_Slot]] = [[] for _ in range(self._parts)]
         for slot in sorted(self._slots, key=lambda slot: slot.last_used):
-            if slot.reading and chosen[self._part(slot)] is None:
-                chosen[self._part(slot)] = slot
-        if not any(chosen):
+            if slot.reading:
+                reading[self._part(slot)].append(slot)
+        if not any(reading):
             return []
         self._resize()
-        tokens_RC = np.zeros((self._parts, self._chunk), np.int32)
+        wide = max(map(len, reading)) >= _WIDE - 1
+        rows = min(_WIDE if wide else 1, self.num_slots // self._parts)
+        chosen = [slot for part in reading for slot in (part[:rows] + [None] * rows)[:rows]]
+        tokens_RC = np.zeros((len(chosen), self._chunk), np.int32)
         targets_RC = np.zeros_like(tokens_RC)
         positions_RC = np.full_like(tokens_RC, NOWHERE)
-        slots_R = np.zeros(self._parts, np.int32)
-        for part, slot in enumerate(chosen):
+        slots_R = np.zeros(len(chosen), np.int32)
+        for row, slot in enumerate(chosen):
             if slot is not None:
                 count = min(self._chunk, len(slot.prompt) - 1 - slot.held)
                 piece = slot.prompt[slot.held : slot.held + count + 1]
-                tokens_RC[part, :count], targets_RC[part, :count] = piece[:-1], piece[1:]
-                positions_RC[part, :count] = np.arange(slot.held, slot.held + count)
-                slots_R[part] = self._local(slot)
+                tokens_RC[row, :count], targets_RC[row, :count] = piece[:-1], piece[1:]
+                positions_RC[row, :count] = np.arange(slot.held, slot.held + count)
+                slots_R[row] = self._local(slot)
         running = [slot.output.request for slot in chosen if slot is not None]
         scores = any(request.score_from is not None for request in running)
         wants_top = any(request.top_logprobs for request in running)
@@ -397,14 +400,14 @@ class Engine:
         )
         scored = jax.device_get(scored)
         changed = []
-        for part, slot in enumerate(chosen):
+        for row, slot in enumerate(chosen):
             if slot is None:
                 continue
-            count = int(np.sum(positions_RC[part] < NOWHERE))
+            count = int(np.sum(positions_RC[row] < NOWHERE))
             if slot.output.request.score_from is not None:
-                self._take_scores(slot, count, *(x[part] for x in scored))
+                self._take_scores(slot, count, *(x[row] for x in scored))
                 changed.append(slot.output)
-            slot.ids[slot.held : slot.held + count] = tokens_RC[part, :count]
+            slot.ids[slot.held : slot.held + count] = tokens_RC[row, :count]
             slot.held += count
         return changed
 
@@ -432,26 +435,28 @@ class Engine:
         if not slots:
             return []
         self._resize()
-        table = np.zeros((5, self.num_slots), np.int32)
+        rows = self._rows(slots)
+        table = np.zeros((5, len(rows)), np.int32)
         tokens_N, positions_N, remaining_N, numbers_N, stops_N = table
         positions_N[:] = NOWHERE
-        for slot in slots:
-            output = slot.output
-            tokens_N[slot.index] = (output.tokens or slot.prompt)[-1]
-            positions_N[slot.index] = slot.held
-            numbers_N[slot.index] = len(output.tokens)
-            remaining_N[slot.index] = output.request.max_new_tokens - len(output.tokens)
-            stops_N[slot.index] = not output.request.ignore_eos
-        if self._settings is None:
-            requests = [slot.output.request if slot.output else None for slot in self._slots]
-            greedy = Sampling()
-            self._settings = Settings.of([r.sampling if r else greedy for r in requests])
+        for row, slot in enumerate(rows):
+            if slot.decoding:
+                output = slot.output
+                tokens_N[row] = (output.tokens or slot.prompt)[-1]
+                positions_N[row] = slot.held
+                numbers_N[row] = len(output.tokens)
+                remaining_N[row] = output.request.max_new_tokens - len(output.tokens)
+                stops_N[row] = not output.request.ignore_eos
+        greedy = Sampling()
+        samplings = [slot.output.request.sampling if slot.output else greedy for slot in rows]
+        everything = len(rows) == self.num_slots
         self._cache, self._history, new = programs.decode(
             self.model,
             self._cache,
             self._history,
-            self._settings,
+            Settings.of(samplings),
             table,
+            None if everything else np.array([slot.index for slot in rows], np.int32),
             np.int32(self._eos_id),
             np.int32(self.vocab_size),
             np.bool(any(slot.output.request.top_logprobs for slot in slots)),
@@ -459,9 +464,23 @@ class Engine:
         )
         new = jax.device_get(new)
         outputs = [slot.output for slot in slots]
-        for slot in slots:
-            self._take_tokens(slot, *(x[:, slot.index] for x in new))
+        for row, slot in enumerate(rows):
+            if slot.decoding:
+                self._take_tokens(slot, *(x[:, row] for x in new))
         return outputs
+
+    def _rows(self, slots: list[_Slot]) -> list[_Slot]:
+        """The slots of the decoding batch: all of them, or on a CPU these and a few idle ones.
+
+        There each row costs time. An accelerator waits for the weights whatever the rows, and
+        one program for all is better.
+        """
+        size = self.num_slots
+        if self._on_cpu and self._parts == 1:
+            size = min(size, 1 << (len(slots) - 1).bit_length())
+        if size == self.num_slots:
+            return self._slots
+        return (slots + [slot for slot in self._slots if not slot.decoding])[:size]
 
     def _take_tokens(self, slot: _Slot, tokens_I, logprobs_I, top_ids, top_values) -> None:
         output, request = slot.output, slot.output.request
@@ -485,7 +504,7 @@ class Engine:
 
     def _resize(self) -> None:
         """Makes the cache as long as the next visit needs; shorter only after a while."""
-        needed = max(slot.needs for slot in self._slots) + self._visit
+        needed = max(slot.needs(self._visit) for slot in self._slots)
         length = next((n for n in self._lengths if n >= needed), self.max_length)
         self._too_long = self._too_long + 1 if length < self._length else 0
         if length > self._length or self._too_long > _SHRINK_AFTER:
@@ -503,11 +522,11 @@ class Engine:
 
 
 def _lengths(max_length: int) -> list[int]:
-    """Lengths that the cache may have: 256, 1,024, … and the longest."""
-    lengths, length = [], 256
+    """Lengths that the cache may have: 128, 256, 512, … and the longest."""
+    lengths, length = [], 128
     while length < max_length:
         lengths.append(length)
-        length *= 4
+        length *= 2
     return [*lengths, max_length]
 
 

@@ -1,7 +1,7 @@
 """The two compiled programs of the engine: one reads prompts, the other decodes.
 
-Legend: N slots, R parts of the batch, C tokens of a chunk, I decoded tokens, V vocabulary, J
-`TOP_LOGPROBS`.
+Legend: N rows of the decoding batch, R prompts that are read, C tokens of a chunk, I decoded
+tokens, V vocabulary, J `TOP_LOGPROBS`.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import P
 
 from baichuan_jax.config import BATCH_AXES
-from baichuan_jax.inference.cache import NOWHERE, Cache, Rows
+from baichuan_jax.inference.cache import NOWHERE, Cache, Rows, put_slots, take_slots
 from baichuan_jax.inference.sampling import (
     TOP_LOGPROBS,
     History,
@@ -35,7 +35,7 @@ def read(
     *,
     score: bool,
 ):
-    """Reads a chunk of one prompt in each part of the batch into the cache.
+    """Reads a chunk of each of R prompts, as many in each part of the batch, into the cache.
 
     Args:
       table_3RC: int32 tokens, their positions (NOWHERE for padding) and the tokens that follow.
@@ -65,26 +65,32 @@ def decode(
     history: History,
     settings: Settings,
     table_5N: jax.Array,
+    slots_N: jax.Array | None,
     eos_id: jax.Array,
     vocab_size: jax.Array,
     wants_top: jax.Array,
     *,
     steps: int,
 ):
-    """Decodes up to `steps` tokens of each slot; ends early where no slot goes on.
+    """Decodes up to `steps` tokens of each row; ends early where no row goes on.
 
     Args:
-      table_5N: int32, for each slot: the token to go on from; its position, NOWHERE in idle
-        slots; how many tokens may come; how many have come; whether the end of text ends it.
+      settings: of the rows.
+      table_5N: int32, for each row: the token to go on from; its position, NOWHERE in idle
+        rows; how many tokens may come; how many have come; whether the end of text ends it.
+      slots_N: int32, the slot of each row, all different; None: row n is slot n.
       eos_id: the end-of-text token.
       vocab_size: only ids below it are drawn.
       wants_top: whether to tell the likeliest tokens, too.
 
     Returns:
-      The cache, the history, and for each step and slot: the token [I, N], its
-      log-probability [I, N], ids and log-probabilities of the likeliest [I, N, J]. Of a slot
+      The cache, the history, and for each step and row: the token [I, N], its
+      log-probability [I, N], ids and log-probabilities of the likeliest [I, N, J]. Of a row
       only what comes up to its end means something.
     """
+    everything = (cache, history)
+    if slots_N is not None:  # copied once for all steps
+        cache, history = take_slots(everything, slots_N)
     token_N, start_N, remaining_N, number_N, stops_N = (place(x, _ROWS) for x in table_5N)
     settings = jax.tree.map(lambda x: place(x, _ROWS), settings)
     N = token_N.shape[0]
@@ -123,4 +129,6 @@ def decode(
     new = tuple(zeros(*shape) for shape in shapes)
     carry = (jnp.int32(0), token_N, ~idle_N & (remaining_N > 0), cache, history, new)
     _, _, _, cache, history, new = jax.lax.while_loop(goes_on, body, carry)
+    if slots_N is not None:
+        cache, history = put_slots(everything, (cache, history), slots_N)
     return cache, history, new

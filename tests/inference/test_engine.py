@@ -182,9 +182,8 @@ def test_common_beginnings_are_read_once():
     requests = [Request(shared + end, 6) for end in prompts(3, 9, 20, 1, 5, seed=1)]
     unit = engine(slots=2)
     outputs = unit.generate(requests)
-    # The second does not wait for the rest of the last chunk: it would cost as much as its own.
-    assert [output.cached_tokens for output in outputs] == [0, 96, 100, 100, 100]
-    assert unit.stats.cached_tokens == 396 and unit.stats.prompt_tokens == 538
+    assert [output.cached_tokens for output in outputs] == [0, 100, 100, 100, 100]
+    assert unit.stats.cached_tokens == 400 and unit.stats.prompt_tokens == 538
     fresh = [engine(slots=1).generate([request])[0] for request in requests]
     assert_same(outputs, fresh)
     again = unit.generate([Request(requests[0].prompt + outputs[0].tokens + [7], 6)])[0]
@@ -213,21 +212,29 @@ def test_the_cache_grows_and_shrinks():
     while unit.busy:
         unit.step()
         lengths.add(unit._length)
-    assert lengths == {256, 1_024} and unit._length == 256  # it shrank when the long one had gone
+    assert lengths == {128, 256, 512} and unit._length == 128  # it shrank after the long one
     assert_same([running], [alone])
     assert long.tokens == without_cache("rope", long.request.prompt, 40)
 
 
-def test_a_program_is_compiled_once_for_a_shape():
+@pytest.mark.parametrize("platform", ["cpu", "accelerator"])
+def test_a_program_is_compiled_once_for_a_shape(platform):
+    """One for each length of the cache; on a CPU, for each power of two of rows besides."""
+    unit = engine(slots=4, max_length=100 if platform == "cpu" else 101, tokens_per_visit=3)
+    unit._on_cpu = platform == "cpu"
     before = programs.decode._cache_size(), programs.read._cache_size()
-    unit = engine(slots=4, max_length=200, chunk=24, tokens_per_visit=3)
-    for seed in range(3):
-        requests = [Request(p, 7, s) for p, s in zip(prompts(3, 60, 90, seed=seed), SAMPLINGS)]  # noqa: B905
+    for seed in range(4):
+        requests = [
+            Request(p, 7 + seed, s)
+            for p, s in zip(prompts(3, 60, 90, 2, 40, seed=seed), SAMPLINGS, strict=True)
+        ]
         unit.generate([*requests, Request([5], 1, top_logprobs=2)])
-    assert programs.decode._cache_size() - before[0] == 1
-    assert programs.read._cache_size() - before[1] == 1
+        unit.generate(requests[:1])
+        unit.generate(requests[3:5])
+    assert programs.decode._cache_size() - before[0] == (3 if platform == "cpu" else 1)
+    assert programs.read._cache_size() - before[1] == 2  # of one prompt, and of four at one time
     unit.generate([Request(prompts(40)[0], 0, score_from=0)])
-    assert programs.read._cache_size() - before[1] == 2  # reading with scores is another program
+    assert programs.read._cache_size() - before[1] == 3  # reading with scores is another program
 
 
 def test_end_of_text_and_its_neglect():
