@@ -12,7 +12,7 @@ from absl import app, flags
 from baichuan_jax.inference.terminal import converse
 from baichuan_jax.model import cpu
 from baichuan_jax.training.metrics import quiet_logs
-from experiments import sampling_flags
+from experiments import model_flags, sampling_flags
 from experiments.errors import in_one_line
 
 _SYSTEM = flags.DEFINE_string("system", "", "The system message (Baichuan 2).")
@@ -22,11 +22,11 @@ _SYSTEM = flags.DEFINE_string("system", "", "The system message (Baichuan 2).")
 def main(_):
     quiet_logs()
     cpu.keep_memory()
-    model = sampling_flags.load_model(slots=1)
+    model = model_flags.load_model(slots=1)
     converse(
         model,
         system=_SYSTEM.value,
-        sampling=sampling_flags.sampling(model),
+        sampling=sampling_flags.sampling(model, model.chat_defaults),
         max_new_tokens=sampling_flags.MAX_NEW_TOKENS.value,
     )
 

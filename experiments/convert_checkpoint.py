@@ -1,12 +1,14 @@
-"""Released checkpoints into a run's folder, and a run into the form of a release.
+"""Released checkpoints into a run's folder, a run into the form of a release, either in few bits.
 
   python -m experiments.convert_checkpoint --from_hf=Baichuan2-13B-Chat --to=runs/13b_chat
   python -m experiments.convert_checkpoint --from=runs/7b --to_hf=7b_hf --layout=llama
+  python -m experiments.convert_checkpoint --from=runs/7b --to=runs/7b_nf4 --quantize=nf4
 
 The first reads Baichuan 1 and 2, Base, Chat and intermediate checkpoints, as safetensors or
 `pytorch_model-*.bin`, without PyTorch, and says what it takes the model for. The second
 writes safetensors that Hugging Face, vLLM, SGLang and llama.cpp read, and says which of them
-would misread the model. Neither ever holds a model in memory.
+would misread the model. Neither ever holds a model in memory. The third, which also takes
+--from_hf, holds the quantised one.
 """
 
 import jax
@@ -14,6 +16,7 @@ from absl import app, flags
 
 from baichuan_jax.convert.export import export_checkpoint
 from baichuan_jax.convert.hugging_face import import_checkpoint
+from baichuan_jax.inference.load import quantize_folder
 from baichuan_jax.training.metrics import quiet_logs
 from experiments.errors import in_one_line
 
@@ -35,6 +38,7 @@ _RAW_HEAD = flags.DEFINE_bool("raw_head", False, "Write the head of a NormHead m
 _DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "bfloat16", "float16", "float32"], "Of the weights; by default as they are."
 )
+_QUANTIZE = flags.DEFINE_enum("quantize", "", ["", "int8", "nf4", "int4"], "Weights in few bits.")
 _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 10, "Of one file to write.", lower_bound=1e-6)
 
 
@@ -43,14 +47,14 @@ def main(_):
     quiet_logs()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     imports, exports = (_FROM_HF.value, _TO.value), (_FROM.value, _TO_HF.value)
-    if all(imports) and not any(exports):
-        import_checkpoint(
-            *imports,
-            position=_POSITION.value,
-            version=int(_VERSION.value or 0),
-            step=_STEP.value or 0,
-            dtype=_DTYPE.value,
-        )
+    source = _FROM_HF.value or _FROM.value
+    told = {"position": _POSITION.value, "version": int(_VERSION.value or 0)}
+    if _QUANTIZE.value and source and _TO.value and not _TO_HF.value:
+        dtype = _DTYPE.value or "bfloat16"
+        quantize_folder(source, _TO.value, _QUANTIZE.value, dtype=dtype, step=_STEP.value, **told)
+        print(f"{_TO.value} is ready: its layers are in {_QUANTIZE.value}.")
+    elif all(imports) and not any(exports):
+        import_checkpoint(*imports, step=_STEP.value or 0, dtype=_DTYPE.value, **told)
         print(f"{_TO.value} is ready: its weights are in checkpoints/{_STEP.value or 0:08d}.")
     elif all(exports) and not any(imports):
         export_checkpoint(
@@ -63,7 +67,10 @@ def main(_):
         )
         print(f"{_TO_HF.value} is ready.")
     else:
-        raise app.UsageError("Give --from_hf=DIR --to=DIR, or --from=DIR --to_hf=DIR.")
+        raise app.UsageError(
+            "Give --from_hf=DIR --to=DIR, or --from=DIR --to_hf=DIR; or, with --quantize, one of"
+            " the first and --to=DIR."
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from baichuan_jax.inference import batch
 from baichuan_jax.inference.terminal import show
 from baichuan_jax.model import cpu
 from baichuan_jax.training.metrics import quiet_logs
-from experiments import sampling_flags
+from experiments import model_flags, sampling_flags
 from experiments.errors import in_one_line
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be given again.")
@@ -42,12 +42,12 @@ def main(_):
         raise app.UsageError("Give --prompt or --prompts_file.")
     if _LOGPROBS.value and not _OUT.value:
         raise app.UsageError("--logprobs are written into --out=FILE.jsonl, which is not given.")
-    model = sampling_flags.load_model(min(_SLOTS.value, _N.value * len(texts)))
+    model = model_flags.load_model(min(_SLOTS.value, _N.value * len(texts)))
     jobs = batch.jobs(
         model,
         texts,
         samples=_N.value,
-        sampling=sampling_flags.sampling(model),
+        sampling=sampling_flags.sampling(model, model.defaults),
         max_new_tokens=sampling_flags.MAX_NEW_TOKENS.value,
         stop=tuple(_STOP.value),
     )

@@ -12,28 +12,15 @@ import sys
 
 from absl import app, flags
 
-from baichuan_jax.inference.engine import Request
-from baichuan_jax.inference.load import load
+from baichuan_jax.inference.request import Request
 from baichuan_jax.model import cpu
 from baichuan_jax.training.metrics import quiet_logs
+from experiments import model_flags
 from experiments.errors import in_one_line
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A run's folder, or one of Hugging Face's.", required=True
-)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen on; 0: any free one.", 0, 65_535)
 _SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at one time.", 1)
-_MAX_LENGTH = flags.DEFINE_integer(
-    "max_length", 0, "Tokens of prompt and output together; 0: the model's context.", 0
-)
-_QUANTIZE = flags.DEFINE_enum("quantize", "", ["", "int8", "nf4", "int4"], "Weights in few bits.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", "bfloat16", "float32"], "Of the computation; '': what is faster here."
-)
-_CACHE_DTYPE = flags.DEFINE_enum(
-    "cache_dtype", "", ["", "bfloat16", "float32", "int8"], "Of keys and values; '': as --dtype."
-)
 _API_KEY = flags.DEFINE_string("api_key", "", "The key; '': of BAICHUAN_JAX_API_KEY, or none.")
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 128, "Requests that may wait for a slot.", 0)
 _MAX_BODY_MB = flags.DEFINE_float("max_body_mb", 4, "The largest request, in MiB.", 0.001)
@@ -54,8 +41,7 @@ def main(_):
         max_queue=_MAX_QUEUE.value,
         max_body_bytes=int(_MAX_BODY_MB.value * 2**20),
     )
-    given = (_DTYPE, _QUANTIZE, _SLOTS, _MAX_LENGTH, _CACHE_DTYPE)
-    model = load(_CHECKPOINT.value, **{flag.name: flag.value for flag in given})
+    model = model_flags.load_model(_SLOTS.value)
     # Compiled now, or the first user would wait for it.
     model.engine.generate([Request([model.tokenizer.bos_id] * 2, max_new_tokens=1)])
     serve(model, options, on_ready=lambda address: _greet(address, model.name, options))

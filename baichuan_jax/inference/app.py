@@ -190,7 +190,8 @@ class _Handlers:
         return bytes(data)
 
     def _card(self) -> dict[str, Any]:
-        model, sampling = self._model, self._model.defaults.sampling
+        model = self._model
+        defaults = model.chat_defaults if model.format else model.defaults
         return {
             "id": model.name,
             "object": "model",
@@ -200,11 +201,11 @@ class _Handlers:
             "chat": model.format is not None,
             "system_prompt": model.format is not None and model.format.version != 1,
             "defaults": {
-                "temperature": sampling.temperature,
-                "top_k": sampling.top_k,
-                "top_p": sampling.top_p,
-                "repetition_penalty": sampling.repetition_penalty,
-                "max_tokens": model.defaults.max_new_tokens,
+                "temperature": defaults.sampling.temperature,
+                "top_k": defaults.sampling.top_k,
+                "top_p": defaults.sampling.top_p,
+                "repetition_penalty": defaults.sampling.repetition_penalty,
+                "max_tokens": defaults.max_new_tokens,
             },
         }
 

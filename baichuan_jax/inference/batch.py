@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from baichuan_jax.inference.engine import Engine, Output, Request
+from baichuan_jax.inference.engine import Engine
 from baichuan_jax.inference.load import LanguageModel
+from baichuan_jax.inference.request import Output, Request
 from baichuan_jax.inference.sampling import Sampling
 from baichuan_jax.training.metrics import Progress
 
@@ -83,7 +84,7 @@ def jobs(
             raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
         limit = max_new_tokens
         if limit is None:
-            limit = max(1, min(model.defaults.max_new_tokens, model.max_length - len(ids)))
+            limit = model.limit(len(ids), model.defaults.max_new_tokens)
         for sample in range(samples):
             drawn = dataclasses.replace(sampling, seed=sampling.seed + sample)
             made.append(Job(prompt, sample, Request(ids, limit, drawn, stop=stop)))

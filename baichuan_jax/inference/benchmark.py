@@ -24,7 +24,8 @@ import numpy as np
 from baichuan_jax import interleave
 from baichuan_jax.config import MeshConfig, ModelConfig
 from baichuan_jax.inference import quantize, weights
-from baichuan_jax.inference.engine import Engine, Request
+from baichuan_jax.inference.engine import Engine
+from baichuan_jax.inference.request import Request
 from baichuan_jax.model import cpu
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.training import benchmark as training_benchmark

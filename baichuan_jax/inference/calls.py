@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from baichuan_jax import chat
-from baichuan_jax.inference.engine import Request
-from baichuan_jax.inference.load import LanguageModel
+from baichuan_jax.inference.load import Defaults, LanguageModel
 from baichuan_jax.inference.protocol import ApiError, Fields, shown, wrong_type
+from baichuan_jax.inference.request import Request
 from baichuan_jax.inference.sampling import Sampling
 
 MAX_CHOICES = 8  # n
@@ -73,13 +73,13 @@ def chat_call(body: Mapping[str, Any], model: LanguageModel) -> Call:
     top_logprobs = fields.integer("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
     if top_logprobs and not logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
-    shared = _shared(fields, model)
+    shared = _shared(fields, model, model.chat_defaults)
     fields.done()
 
     prompt = _chat_prompt(messages, model, wanted, truncate)
     request = Request(
         prompt=prompt.ids,
-        max_new_tokens=_room(len(prompt.ids), wanted, model, "messages"),
+        max_new_tokens=_room(len(prompt.ids), wanted, model, model.chat_defaults, "messages"),
         stop=shared.stop,
         ignore_eos=shared.ignore_eos,
         top_logprobs=top_logprobs,
@@ -113,12 +113,12 @@ def completion_call(body: Mapping[str, Any], model: LanguageModel) -> Call:
         message = "max_tokens=0 only scores the prompt: it needs echo=true."
         raise ApiError(400, message, "max_tokens", "invalid_value")
     logprobs = fields.integer("logprobs", None, 0, MAX_TOP_LOGPROBS)
-    shared = _shared(fields, model)
+    shared = _shared(fields, model, model.defaults)
     fields.done()
 
     requests = []
     for _, ids in prompts:
-        room = _room(len(ids), wanted, model, "prompt")
+        room = _room(len(ids), wanted, model, model.defaults, "prompt")
         request = Request(
             prompt=ids,
             max_new_tokens=room,
@@ -188,8 +188,8 @@ class _Shared:
     include_usage: bool
 
 
-def _shared(fields: Fields, model: LanguageModel) -> _Shared:
-    defaults, V = model.defaults.sampling, model.engine.vocab_size
+def _shared(fields: Fields, model: LanguageModel, given: Defaults) -> _Shared:
+    defaults, V = given.sampling, model.engine.vocab_size
     seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
     sampling = dataclasses.replace(
         defaults,
@@ -279,7 +279,7 @@ def _chat_prompt(
 ) -> chat.Prompt:
     whole = _chat_ids(messages, model, _ANY_SIZE)
     if wanted is None:
-        budget = chat.prompt_budget(model.max_length, model.defaults.max_new_tokens)
+        budget = chat.prompt_budget(model.max_length, model.chat_defaults.max_new_tokens)
     else:
         budget = model.max_length - wanted
     if not truncate or len(whole.ids) <= budget:
@@ -300,7 +300,9 @@ def _chat_ids(messages: list[dict[str, str]], model: LanguageModel, budget: int)
         raise ApiError(400, str(error), "messages", "invalid_value") from error
 
 
-def _room(prompt: int, wanted: int | None, model: LanguageModel, param: str) -> int:
+def _room(
+    prompt: int, wanted: int | None, model: LanguageModel, defaults: Defaults, param: str
+) -> int:
     """How many tokens to generate."""
     room = model.max_length - prompt
     if room < (1 if wanted is None else wanted):
@@ -309,7 +311,7 @@ def _room(prompt: int, wanted: int | None, model: LanguageModel, param: str) -> 
             f" {prompt} and the completion needs {1 if wanted is None else wanted}."
         )
         raise ApiError(400, message, param, "context_length_exceeded")
-    return min(model.defaults.max_new_tokens, room) if wanted is None else wanted
+    return min(defaults.max_new_tokens, room) if wanted is None else wanted
 
 
 def _max_tokens(fields: Fields, name: str, low: int) -> int | None:

@@ -28,7 +28,9 @@ from baichuan_jax.config import BATCH_AXES, ModelConfig
 from baichuan_jax.inference import cache as cache_module
 from baichuan_jax.inference import programs
 from baichuan_jax.inference.cache import NOWHERE
-from baichuan_jax.inference.sampling import TOP_LOGPROBS, History, Sampling, Settings, begin
+from baichuan_jax.inference.request import Output, Request
+from baichuan_jax.inference.sampling import History, Sampling, Settings, begin
+from baichuan_jax.inference.slot import Slot, common_length
 from baichuan_jax.inference.text import TextStream
 from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.tokenizer import Tokenizer
@@ -39,63 +41,6 @@ _LOOK_AHEAD = 64  # queued requests that are considered at a visit
 _SHRINK_AFTER = 16  # visits in a row that a shorter cache would have done
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to continue, and how.
-
-    Attributes:
-      prompt: token ids, at least one.
-      max_new_tokens: 0 only scores the prompt.
-      stop: strings that end the output and are not part of its text.
-      ignore_eos: go on after the end-of-text token, which then is a token like any other.
-      top_logprobs: how many of the likeliest tokens to tell beside each.
-      score_from: tells the log-probabilities of prompt[max(1, score_from):]; None: of none.
-      continues: the text goes on with the prompt's; False: it is one of its own (a reply).
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    top_logprobs: int = 0
-    score_from: int | None = None
-    continues: bool = True
-
-
-@dataclasses.dataclass(eq=False)
-class Output:
-    """What has become of a request so far; `Engine.step` makes it grow.
-
-    Log-probabilities are natural and of the model's own distribution, before temperature,
-    penalties, top-k and top-p.
-
-    Attributes:
-      tokens: new ids, without end of text; the last one may complete a stop string.
-      logprobs: of each of them.
-      top: beside each of them the (id, log-probability) of the likeliest, largest first.
-      prompt_logprobs, prompt_top: the same of prompt[max(1, score_from):].
-      finish_reason: None while it runs; 'stop' (end of text or stop string), 'length' or
-        'cancelled'.
-      cached_tokens: of the prompt, taken over from another request.
-    """
-
-    request: Request
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
-    prompt_top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None
-    cached_tokens: int = 0
-    stream: TextStream | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def text(self) -> str:
-        """The text that is final so far; '' without a tokenizer."""
-        return self.stream.text if self.stream else ""
-
-
 @dataclasses.dataclass
 class Stats:
     """Counters of an engine's life; `prompt_tokens` include `cached_tokens`."""
@@ -104,39 +49,6 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-
-
-class _Slot:
-    """A place in the batch. `ids[:held]` are the tokens whose keys its part of the cache holds."""
-
-    def __init__(self, index: int, max_length: int):
-        self.index = index
-        self.output: Output | None = None
-        self.prompt: np.ndarray | None = None
-        self.ids = np.zeros(max_length, np.int32)
-        self.held = 0
-        self.biased = False  # its row of the history has a bias
-        self.last_used = 0
-
-    @property
-    def reading(self) -> bool:
-        """Whether the prompt is not yet in the cache (but for its last token)."""
-        return self.output is not None and self.held < len(self.prompt) - 1
-
-    @property
-    def decoding(self) -> bool:
-        return self.output is not None and not self.reading
-
-    def needs(self, steps: int) -> int:
-        """Indices of the cache that are filled after the prompt, or `steps` more tokens."""
-        if self.output is None:
-            return 0
-        left = self.output.request.max_new_tokens - len(self.output.tokens)
-        return len(self.prompt) if self.reading else self.held + min(steps, left)
-
-    def common(self, prompt: np.ndarray) -> int:
-        """How many tokens of the prompt the cache holds here, from the first one on."""
-        return _common(self.ids[: self.held], prompt)
 
 
 class Engine:
@@ -192,7 +104,7 @@ class Engine:
         self._visit = tokens_per_visit
         self._lengths = _lengths(max_length)
         self._length, self._too_long = self._lengths[0], 0
-        self._slots = [_Slot(i, max_length) for i in range(slots)]
+        self._slots = [Slot(i, max_length) for i in range(slots)]
         self._queue: collections.deque[Output] = collections.deque()
         self._visits = 0
         with self._context():
@@ -220,7 +132,9 @@ class Engine:
         Raises:
           ValueError: names the field, its value and what would be right.
         """
-        self._check(request)
+        request.check(self.vocab_size, self.max_length)
+        if request.stop and self._tokenizer is None:
+            raise ValueError(f"stop={request.stop} needs an engine with a tokenizer.")
         output = Output(request)
         if self._tokenizer is not None:
             output.stream = TextStream(self._tokenizer, request.stop, request.continues)
@@ -271,31 +185,6 @@ class Engine:
     def _context(self):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _check(self, request: Request) -> None:
-        prompt = np.asarray(request.prompt)
-        if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in "iu":
-            raise ValueError("prompt must be a list of at least one token id.")
-        if prompt.min() < 0 or prompt.max() >= self.vocab_size:
-            bad = prompt[(prompt < 0) | (prompt >= self.vocab_size)][0]
-            raise ValueError(f"prompt has id {bad}: ids are 0 to {self.vocab_size - 1}.")
-        if request.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={request.max_new_tokens} must not be negative.")
-        total = prompt.size + request.max_new_tokens
-        if total > self.max_length:
-            raise ValueError(
-                f"prompt has {prompt.size} tokens, which with max_new_tokens="
-                f"{request.max_new_tokens} are more than max_length={self.max_length}."
-            )
-        if not 0 <= request.top_logprobs <= TOP_LOGPROBS:
-            raise ValueError(
-                f"top_logprobs={request.top_logprobs} must be from 0 to {TOP_LOGPROBS}."
-            )
-        if request.score_from is not None and request.score_from < 0:
-            raise ValueError(f"score_from={request.score_from} must not be negative.")
-        if request.stop and self._tokenizer is None:
-            raise ValueError(f"stop={request.stop} needs an engine with a tokenizer.")
-        request.sampling.check(self.vocab_size)
-
     # Taking requests in.
 
     def _admit(self) -> None:
@@ -318,10 +207,10 @@ class Engine:
 
     def _should_wait(self, prompt: np.ndarray) -> bool:
         best = max(slot.common(prompt) for slot in self._slots)
-        coming = [_common(slot.prompt[:-1], prompt) for slot in self._slots if slot.reading]
+        coming = [common_length(slot.prompt[:-1], prompt) for slot in self._slots if slot.reading]
         return max(coming, default=0) > best + max(self._chunk, _MIN_REUSE)
 
-    def _place(self, free: list[_Slot], prompt: np.ndarray) -> tuple[_Slot, int]:
+    def _place(self, free: list[Slot], prompt: np.ndarray) -> tuple[Slot, int]:
         """A slot for the prompt, and how many of its tokens are already there."""
         source = max(self._slots, key=lambda slot: slot.common(prompt))
         common = source.common(prompt)
@@ -339,7 +228,7 @@ class Engine:
         self._cache = cache_module.copy_slots(self._cache, sources, targets)
         return target, common
 
-    def _begin(self, output: Output, prompt: np.ndarray, slot: _Slot, cached: int) -> None:
+    def _begin(self, output: Output, prompt: np.ndarray, slot: Slot, cached: int) -> None:
         slot.output, slot.prompt, slot.last_used = output, prompt, self._visits
         slot.ids[:cached], slot.held = prompt[:cached], cached
         output.cached_tokens = cached
@@ -354,7 +243,7 @@ class Engine:
             self._history = begin(self._history, np.int32(slot.index), in_prompt, bias)
             slot.biased = bool(sampling.logit_bias)
 
-    def _finish(self, slot: _Slot, reason: str) -> None:
+    def _finish(self, slot: Slot, reason: str) -> None:
         output = slot.output
         if output.stream is not None:
             output.stream.finish()
@@ -366,7 +255,7 @@ class Engine:
 
     def _read(self) -> list[Output]:
         """Reads one chunk of a prompt, or of several at one time where many wait."""
-        reading: list[list[_Slot]] = [[] for _ in range(self._parts)]
+        reading: list[list[Slot]] = [[] for _ in range(self._parts)]
         for slot in sorted(self._slots, key=lambda slot: slot.last_used):
             if slot.reading:
                 reading[self._part(slot)].append(slot)
@@ -411,7 +300,7 @@ class Engine:
             slot.held += count
         return changed
 
-    def _take_scores(self, slot: _Slot, count: int, logprobs_C, top_ids, top_values) -> None:
+    def _take_scores(self, slot: Slot, count: int, logprobs_C, top_ids, top_values) -> None:
         """Keeps the scores of prompt tokens held + 1 … held + count, as far as wanted."""
         output = slot.output
         first = max(1, output.request.score_from) - (slot.held + 1)
@@ -469,7 +358,7 @@ class Engine:
                 self._take_tokens(slot, *(x[:, row] for x in new))
         return outputs
 
-    def _rows(self, slots: list[_Slot]) -> list[_Slot]:
+    def _rows(self, slots: list[Slot]) -> list[Slot]:
         """The slots of the decoding batch: all of them, or on a CPU these and a few idle ones.
 
         There each row costs time. An accelerator waits for the weights whatever the rows, and
@@ -482,7 +371,7 @@ class Engine:
             return self._slots
         return (slots + [slot for slot in self._slots if not slot.decoding])[:size]
 
-    def _take_tokens(self, slot: _Slot, tokens_I, logprobs_I, top_ids, top_values) -> None:
+    def _take_tokens(self, slot: Slot, tokens_I, logprobs_I, top_ids, top_values) -> None:
         output, request = slot.output, slot.output.request
         for i, token in enumerate(tokens_I.tolist()):
             slot.ids[slot.held] = (output.tokens or slot.prompt)[-1]
@@ -513,10 +402,10 @@ class Engine:
             for slot in self._slots:
                 slot.held = min(slot.held, length)
 
-    def _part(self, slot: _Slot) -> int:
+    def _part(self, slot: Slot) -> int:
         return slot.index // (self.num_slots // self._parts)
 
-    def _local(self, slot: _Slot) -> int:
+    def _local(self, slot: Slot) -> int:
         """The slot's number within its part of the batch."""
         return slot.index % (self.num_slots // self._parts)
 
@@ -528,13 +417,6 @@ def _lengths(max_length: int) -> list[int]:
         lengths.append(length)
         length *= 2
     return [*lengths, max_length]
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many elements two arrays share from the first one on."""
-    size = min(len(a), len(b))
-    different = np.flatnonzero(a[:size] != b[:size])
-    return int(different[0]) if different.size else size
 
 
 def _pairs(request: Request, ids: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from baichuan_jax import chat
 from baichuan_jax.chat import ChatFormat, chat_format, chat_prompt, prompt_budget
 from baichuan_jax.config import Config, MeshConfig, from_json
 from baichuan_jax.convert.folder import read_json
@@ -26,8 +27,9 @@ from baichuan_jax.convert.layout import our_shapes, read_piece, their_names
 from baichuan_jax.convert.release import Release, is_release, read_config
 from baichuan_jax.convert.weights import WeightsReader
 from baichuan_jax.inference import weights
-from baichuan_jax.inference.engine import Engine, Request
-from baichuan_jax.inference.quantize import is_quantized, restore_quantized
+from baichuan_jax.inference.engine import Engine
+from baichuan_jax.inference.quantize import is_quantized, restore_quantized, save_quantized
+from baichuan_jax.inference.request import Request
 from baichuan_jax.inference.sampling import Sampling
 from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.parallel.mesh import make_mesh
@@ -54,7 +56,8 @@ class LanguageModel:
       name: of its folder.
       config: of the model; its head is normalised already in the engine's weights.
       format: of conversations; None where the tokenizer has no role tokens.
-      defaults: generation_config.json of the folder; greedy without one.
+      defaults: of continued texts: generation_config.json of the folder; greedy without one.
+      chat_defaults: of replies: the same; without one the released chat models'.
     """
 
     name: str
@@ -63,6 +66,7 @@ class LanguageModel:
     tokenizer: Tokenizer
     format: ChatFormat | None
     defaults: Defaults
+    chat_defaults: Defaults
 
     @property
     def max_length(self) -> int:
@@ -80,7 +84,7 @@ class LanguageModel:
         """Continues a text, or several at one time.
 
         Args:
-          max_new_tokens: None: the defaults', or what the context leaves.
+          max_new_tokens: None: the defaults'. Never more than the context leaves.
           sampling: fields of `Sampling`; the others are the defaults'.
 
         Returns:
@@ -96,7 +100,7 @@ class LanguageModel:
             ids = self.tokenizer.encode(text)
             if not ids:
                 raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
-            limit = self._limit(ids, max_new_tokens)
+            limit = self.limit(len(ids), max_new_tokens or self.defaults.max_new_tokens)
             requests.append(Request(ids, limit, drawn, stop=tuple(stop)))
         texts = [output.text for output in self.engine.generate(requests)]
         return texts[0] if isinstance(prompt, str) else texts
@@ -121,16 +125,17 @@ class LanguageModel:
             raise ValueError(f"{self.name}: its tokenizer has no role tokens, so it cannot chat.")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        wanted = max_new_tokens or self.defaults.max_new_tokens
+        wanted = max_new_tokens or self.chat_defaults.max_new_tokens
         budget = prompt_budget(self.max_length, wanted)
         prompt = chat_prompt(messages, self.tokenizer, self.format, budget)
         if prompt.dropped_rounds:
             logging.warning(
                 "The oldest %d rounds of the conversation do not fit.", prompt.dropped_rounds
             )
-        drawn = dataclasses.replace(self.defaults.sampling, **sampling)
-        limit = self._limit(prompt.ids, max_new_tokens)
-        request = Request(prompt.ids, limit, drawn, continues=False)
+        drawn = dataclasses.replace(self.chat_defaults.sampling, **sampling)
+        continues = messages[-1]["role"] == "assistant"
+        limit = self.limit(len(prompt.ids), wanted)
+        request = Request(prompt.ids, limit, drawn, continues=continues)
         return self.engine.generate([request])[0].text
 
     def stream(self, request: Request) -> Iterator[str]:
@@ -145,10 +150,9 @@ class LanguageModel:
         finally:
             self.engine.cancel(output)
 
-    def _limit(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
-        if max_new_tokens is not None:
-            return max_new_tokens
-        return max(1, min(self.defaults.max_new_tokens, self.max_length - len(ids)))
+    def limit(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """`max_new_tokens`, or what the context leaves of it; at least 1."""
+        return max(1, min(max_new_tokens, self.max_length - prompt_tokens))
 
 
 def load(
@@ -182,14 +186,10 @@ def load(
       OSError, CheckpointError: what cannot be read.
     """
     path = Path(path).expanduser()
-    release = read_config(path, position=position, version=version) if is_release(path) else None
-    if release is None and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path}/config.json is missing: give a run's folder, or one with a released model."
-        )
-    config = release.config if release else from_json(path / "config.json")
+    config, release = _config(path, position, version)
     tokenizer = _tokenizer(path, config)
-    defaults = _defaults(path)
+    version = release.version if release else 2 if config.model.norm_head else 1
+    defaults, chat_defaults = _defaults(path, version)
     on_cpu = jax.default_backend() == "cpu"
     devices = make_mesh(mesh, jax.devices()) if mesh else _default_mesh(config, on_cpu)
     chosen = dtype or ("float32" if on_cpu else "bfloat16")
@@ -206,11 +206,49 @@ def load(
         mesh=devices,
     )
     try:
-        by_head = 2 if config.model.norm_head else 1
-        form = chat_format(tokenizer, release.version if release else by_head)
+        form = chat_format(tokenizer, version)
     except ValueError:
         form = None
-    return LanguageModel(path.resolve().name, config, engine, tokenizer, form, defaults)
+    name = path.resolve().name
+    return LanguageModel(name, config, engine, tokenizer, form, defaults, chat_defaults)
+
+
+def quantize_folder(
+    source: epath.PathLike,
+    target: epath.PathLike,
+    kind: str,
+    *,
+    dtype: str = "bfloat16",
+    step: int | None = None,
+    position: str = "",
+    version: int = 0,
+) -> None:
+    """Writes a run's folder, or a released checkpoint, as a quantised run's folder.
+
+    Args:
+      kind: 'int8', 'nf4' or 'int4'.
+      dtype: of what is not quantised.
+      step, position, version: as for `load`.
+
+    Raises:
+      ValueError, OSError, CheckpointError: as `load`, or the target cannot be written. Nothing
+        is left in it.
+    """
+    path = Path(source).expanduser()
+    config, release = _config(path, position, version)
+    _tokenizer(path, config)  # is refused before long work
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        model = _model(path, config, release, jnp.dtype(dtype), kind, step)
+        save_quantized(model, config, target, source=path)
+
+
+def _config(path: Path, position: str, version: int) -> tuple[Config, Release | None]:
+    release = read_config(path, position=position, version=version) if is_release(path) else None
+    if release is None and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path}/config.json is missing: give a run's folder, or one with a released model."
+        )
+    return (release.config if release else from_json(path / "config.json")), release
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer:
@@ -228,11 +266,16 @@ def _tokenizer(path: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _defaults(path: Path) -> Defaults:
+def _defaults(path: Path, version: int) -> tuple[Defaults, Defaults]:
+    """Of continued texts, and of replies."""
     file = path / "generation_config.json"
     if not file.exists():
-        return Defaults()
-    fields = read_json(file)
+        return Defaults(), _read_defaults(file, chat.chat_defaults(version))
+    given = _read_defaults(file, read_json(file))
+    return given, given
+
+
+def _read_defaults(file: Path, fields: Mapping) -> Defaults:
     sampled = fields.get("do_sample", False)
     names = ("temperature", "top_k", "top_p") if sampled else ()
     given = {name: fields[name] for name in (*names, "repetition_penalty") if name in fields}

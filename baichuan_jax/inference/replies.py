@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from baichuan_jax.inference.calls import Call
-from baichuan_jax.inference.engine import Request
+from baichuan_jax.inference.request import Request
 from baichuan_jax.inference.text import TextStream
 from baichuan_jax.inference.worker import Update
 from baichuan_jax.tokenizer import Tokenizer

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from baichuan_jax.chat import chat_prompt, prompt_budget
-from baichuan_jax.inference.engine import Engine, Output, Request
+from baichuan_jax.inference.engine import Engine
 from baichuan_jax.inference.load import LanguageModel
+from baichuan_jax.inference.request import Output, Request
 from baichuan_jax.inference.sampling import Sampling
 
 with contextlib.suppress(ImportError):  # not on Windows
@@ -61,10 +62,10 @@ def converse(
             f"{model.name} is no chat model: its tokenizer lacks the role tokens. Continue a text"
             " with experiments.generate instead."
         )
-    sampling = model.defaults.sampling if sampling is None else sampling
+    sampling = model.chat_defaults.sampling if sampling is None else sampling
     sampling.check(model.tokenizer.vocab_size)
     if max_new_tokens is None:
-        max_new_tokens = model.defaults.max_new_tokens
+        max_new_tokens = model.chat_defaults.max_new_tokens
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     conversation = _Conversation(model, system, sampling, max_new_tokens)
@@ -127,7 +128,7 @@ class _Conversation:
             )
         request = Request(
             prompt=prompt.ids,
-            max_new_tokens=min(self._max_new_tokens, model.max_length - len(prompt.ids)),
+            max_new_tokens=model.limit(len(prompt.ids), self._max_new_tokens),
             sampling=dataclasses.replace(self._sampling, seed=self._sampling.seed + self._replies),
             continues=False,
         )

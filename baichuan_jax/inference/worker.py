@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from baichuan_jax.inference.engine import Engine, Output, Request
+from baichuan_jax.inference.engine import Engine
 from baichuan_jax.inference.protocol import ApiError
+from baichuan_jax.inference.request import Output, Request
 
 _RETRY_AFTER_S = 2  # a slot is free again long before most answers have ended
 _JOIN_S = 60  # a step may be compiling

@@ -114,8 +114,9 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
     manifest = open_data(config.data, tokenizer, workdir, replace=replace)
     for reason, count in manifest.dropped.items():
         logging.warning("%s documents were dropped: %s.", f"{count:,}", reason)
-    if jax.process_index() == 0:  # the folder is then all that generating needs
-        (workdir / "tokenizer.model").write_bytes(epath.Path(config.data.tokenizer).read_bytes())
+    source, copy = epath.Path(config.data.tokenizer), workdir / "tokenizer.model"
+    if jax.process_index() == 0 and source.expanduser() != copy:
+        copy.write_bytes(source.read_bytes())  # the folder is then all that generating needs
     stream = Stream(manifest, "train", config.data)
     held_out = manifest.total("eval", "rows")
     eval_stream = Stream(manifest, "eval", config.data) if held_out else None

@@ -3,7 +3,7 @@
 import types
 
 from baichuan_jax import chat
-from baichuan_jax.inference.engine import Output
+from baichuan_jax.inference.request import Output
 from baichuan_jax.inference.sampling import Sampling
 from baichuan_jax.inference.text import TextStream
 
@@ -83,4 +83,6 @@ def model(tokenizer, replies, *, version=2, max_length=400, **engine):
         format=format,
         name="parrot",
         defaults=DEFAULTS,
+        chat_defaults=DEFAULTS,
+        limit=lambda tokens, new: max(1, min(new, max_length - tokens)),
     )

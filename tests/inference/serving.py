@@ -64,6 +64,7 @@ def tiny_model(*, slots=4, max_length=256) -> LanguageModel:
         tokenizer=words,
         format=chat.chat_format(words, 2),
         defaults=Defaults(max_new_tokens=64),
+        chat_defaults=Defaults(max_new_tokens=64),
     )
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from baichuan_jax.config import MeshConfig, ModelConfig
 from baichuan_jax.inference import programs, weights
-from baichuan_jax.inference.engine import Engine, Request
+from baichuan_jax.inference.engine import Engine
+from baichuan_jax.inference.request import Request
 from baichuan_jax.inference.sampling import Sampling
 from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.parallel.mesh import make_mesh

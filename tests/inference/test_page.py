@@ -50,7 +50,7 @@ def model():
     model = serving.tiny_model(max_length=400)
     defaults = dataclasses.replace(model.defaults, max_new_tokens=200)
     engine = Engine(model.tokenizer, model.max_length)
-    return dataclasses.replace(model, engine=engine, defaults=defaults)
+    return dataclasses.replace(model, engine=engine, defaults=defaults, chat_defaults=defaults)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from baichuan_jax import chat
 from baichuan_jax.inference import calls
-from baichuan_jax.inference.engine import Request
+from baichuan_jax.inference.request import Request
 from baichuan_jax.inference.sampling import Sampling
 from tests.inference import serving
 
@@ -326,7 +326,7 @@ def test_long_chats_are_refused_or_cut_with_notice(client, model):
 def test_defaults_are_the_models(model):
     sampling = Sampling(temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05)
     defaults = dataclasses.replace(model.defaults, sampling=sampling, max_new_tokens=50)
-    model = dataclasses.replace(model, defaults=defaults)
+    model = dataclasses.replace(model, defaults=defaults, chat_defaults=defaults)
     (request,) = calls.chat_call({"messages": QUESTION}, model).requests
     assert dataclasses.replace(request.sampling, seed=0) == sampling
     assert request.max_new_tokens == 50

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
-from baichuan_jax.inference.engine import Request
+from baichuan_jax.inference.request import Request
 from tests.inference import serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -16,7 +16,7 @@ import pytest
 
 from baichuan_jax import chat
 from baichuan_jax import tokenizer as tokenizer_module
-from baichuan_jax.inference.engine import Request
+from baichuan_jax.inference.request import Request
 from baichuan_jax.inference.sampling import Sampling
 from baichuan_jax.inference.terminal import converse, show
 from tests.inference import scripted
