@@ -35,6 +35,7 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_epsilon: float = 1e-6
     norm_head: bool = True  # §2.5; false for Baichuan 1
+    version: int = 2  # of Baichuan: the form of conversations (chat.py)
     initializer_range: float = 0.02
 
     @property
@@ -121,7 +122,7 @@ class CheckpointConfig:
     every_steps: int = 1_000  # appendix C
     keep: int = 3  # the newest ones
     keep_every_tokens: int = 0  # besides, the first one past every so many tokens; 0: none
-    init_from: str = ""  # continued pre-training: weights of this run's folder, all else fresh
+    init_from: str = ""  # continued pre-training: weights of a run or release, all else fresh
     accept_changed_data: bool = False  # resume although data, tokenizer or batch changed
 
 
@@ -170,6 +171,7 @@ def validate(config: Config) -> None:
         f"config.model.hidden_size={model.hidden_size} must be a multiple of"
         f" config.model.num_heads={model.num_heads}.",
     )
+    _require(model.version in (1, 2), f"config.model.version={model.version} must be 1 or 2.")
     _require(
         model.position in ("rope", "alibi"),
         f"config.model.position={model.position!r} must be 'rope' or 'alibi'.",
@@ -218,16 +220,30 @@ def from_json(path: epath.PathLike) -> Config:
     """Reads `config.json` of a run's folder.
 
     Raises:
-      ValueError: names the file and the field that this version does not know.
+      ValueError: the file is something else, a released checkpoint's for one; names it and the
+        field that this version does not know.
     """
-    fields = json.loads(epath.Path(path).read_text())
+    try:
+        fields = json.loads(epath.Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}; it should be a JSON object.")
+    if "num_hidden_layers" in fields or "model_type" in fields:
+        raise ValueError(
+            f"{path} is of a released checkpoint, not of a run. Make a run's folder of it with"
+            f" `python -m experiments.convert_checkpoint --from_hf={epath.Path(path).parent}"
+            " --to=DIR`, or give it where a release is taken."
+        )
     config = Config()
     for section, values in fields.items():
-        if not hasattr(config, section):
+        if section not in vars(config):
             raise ValueError(f"{path}: unknown section {section!r}.")
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {section} is {values!r}; it should be a JSON object.")
         target = getattr(config, section)
         for name, value in values.items():
-            if not hasattr(target, name):
+            if name not in vars(target):
                 raise ValueError(f"{path}: unknown field {section}.{name}.")
             setattr(target, name, value)
     return config

@@ -3,6 +3,7 @@
 A machine whose speed drifts then slows all of them alike, so that ratios hold.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -62,7 +63,10 @@ class Worker:
         return json.loads(answer)
 
     def close(self) -> None:
-        self._process.stdin.close()
+        """Ends the process, if it has not ended by itself."""
+        with contextlib.suppress(BrokenPipeError):  # it never read the last question
+            self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait()
 
 
@@ -77,19 +81,20 @@ def run(
 
     Returns:
       By side: the answers to each of `calls` as a list, and the fields of `about`.
+
+    Raises:
+      RuntimeError: a worker has ended. The others are closed.
     """
     workers: dict[str, Worker] = {}
     results: dict[str, dict] = {name: {call: [] for call in calls} for name in sides}
-    try:
+    with contextlib.ExitStack() as stack:
         for name, (make, settings) in sides.items():
             workers[name] = Worker(make, settings)
+            stack.callback(workers[name].close)
         for _ in range(rounds):
             for name, worker in workers.items():
                 for call in calls:
                     results[name][call].append(worker.ask(call))
         for name, worker in workers.items():
             results[name] |= {field: worker.ask(field) for field in about}
-    finally:
-        for worker in workers.values():
-            worker.close()
     return results

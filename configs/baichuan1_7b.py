@@ -20,6 +20,7 @@ def get_config() -> Config:
     config = baichuan2_7b.get_config()
     config.model.vocab_size = 64_000
     config.model.norm_head = False
+    config.model.version = 1
     config.training.max_z_weight = 0.0
     config.training.num_steps = 290_000
     return config

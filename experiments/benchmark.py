@@ -18,6 +18,7 @@ from absl import app, flags
 from baichuan_jax.inference import benchmark as decoding
 from baichuan_jax.inference import perplexity
 from baichuan_jax.training import benchmark
+from baichuan_jax.training.metrics import quiet_logs
 from experiments.errors import in_one_line
 
 _WHAT = flags.DEFINE_enum("what", "train_step", ["train_step", "decode", "quantization"], "What.")
@@ -63,6 +64,7 @@ def _quantization():
 
 @in_one_line()
 def main(_):
+    quiet_logs()
     parts = {"train_step": _train_step, "decode": _decode, "quantization": _quantization}
     for lines in parts[_WHAT.value]():
         print(lines, flush=True)

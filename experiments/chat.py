@@ -17,11 +17,15 @@ from experiments.errors import in_one_line
 
 _SYSTEM = flags.DEFINE_string("system", "", "The system message (Baichuan 2).")
 
+for _module in (model_flags, sampling_flags):
+    flags.adopt_module_key_flags(_module)  # --help shows them
+
 
 @in_one_line()
 def main(_):
     quiet_logs()
     cpu.keep_memory()
+    sampling_flags.check()
     model = model_flags.load_model(slots=1)
     converse(
         model,

@@ -45,18 +45,19 @@ _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 10, "Of one file to write.", 
 @in_one_line()
 def main(_):
     quiet_logs()
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    jax.config.update("jax_platforms", "cpu")  # files are what takes the time
     imports, exports = (_FROM_HF.value, _TO.value), (_FROM.value, _TO_HF.value)
     source = _FROM_HF.value or _FROM.value
     told = {"position": _POSITION.value, "version": int(_VERSION.value or 0)}
-    if _QUANTIZE.value and source and _TO.value and not _TO_HF.value:
+    one_source = bool(_FROM_HF.value) != bool(_FROM.value)
+    if _QUANTIZE.value and one_source and _TO.value and not _TO_HF.value:
         dtype = _DTYPE.value or "bfloat16"
         quantize_folder(source, _TO.value, _QUANTIZE.value, dtype=dtype, step=_STEP.value, **told)
         print(f"{_TO.value} is ready: its layers are in {_QUANTIZE.value}.")
-    elif all(imports) and not any(exports):
+    elif not _QUANTIZE.value and all(imports) and not any(exports):
         import_checkpoint(*imports, step=_STEP.value or 0, dtype=_DTYPE.value, **told)
         print(f"{_TO.value} is ready: its weights are in checkpoints/{_STEP.value or 0:08d}.")
-    elif all(exports) and not any(imports):
+    elif not _QUANTIZE.value and all(exports) and not any(imports):
         export_checkpoint(
             *exports,
             layout=_LAYOUT.value,

@@ -30,11 +30,15 @@ _SLOTS = flags.DEFINE_integer("slots", 8, "Texts that are continued at one time.
 _OUT = flags.DEFINE_string("out", "", "JSONL file to write.")
 _LOGPROBS = flags.DEFINE_boolean("logprobs", False, "Token ids and log-probabilities, too.")
 
+for _module in (model_flags, sampling_flags):
+    flags.adopt_module_key_flags(_module)  # --help shows them
+
 
 @in_one_line()
 def main(_):
     quiet_logs()
     cpu.keep_memory()
+    sampling_flags.check()
     texts = list(_PROMPT.value)
     if _PROMPTS_FILE.value:
         texts += batch.read_prompts(_PROMPTS_FILE.value)
@@ -54,8 +58,7 @@ def main(_):
     if _OUT.value:
         batch.write(model.engine, jobs, _OUT.value, logprobs=_LOGPROBS.value)
     elif len(jobs) == 1:
-        print(texts[0], end="", flush=True)
-        show(model.engine, jobs[0].request)
+        show(model.engine, jobs[0].request, before=texts[0])
     else:
         for job, output in batch.run(model.engine, jobs):
             print(f"\n{job.prompt}⟶{output.text}", flush=True)

@@ -25,13 +25,15 @@ _API_KEY = flags.DEFINE_string("api_key", "", "The key; '': of BAICHUAN_JAX_API_
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 128, "Requests that may wait for a slot.", 0)
 _MAX_BODY_MB = flags.DEFINE_float("max_body_mb", 4, "The largest request, in MiB.", 0.001)
 
+flags.adopt_module_key_flags(model_flags)  # --help shows them
+
 
 @in_one_line()
 def main(_):
     try:
-        from baichuan_jax.inference.server import ServerOptions, serve
+        from baichuan_jax.inference.server import ServerOptions, listen, serve
     except ModuleNotFoundError as error:
-        sys.exit(f"The server needs {error.name}: pip install starlette uvicorn prometheus-client")
+        sys.exit(f"The server needs {error.name}: pip install -e '.[serve]'")
     quiet_logs()
     cpu.keep_memory()
     options = ServerOptions(
@@ -41,9 +43,13 @@ def main(_):
         max_queue=_MAX_QUEUE.value,
         max_body_bytes=int(_MAX_BODY_MB.value * 2**20),
     )
+    listen(options).close()  # a port in use is known before the model is loaded
     model = model_flags.load_model(_SLOTS.value)
+    model.engine.try_longest()
     # Compiled now, or the first user would wait for it.
-    model.engine.generate([Request([model.tokenizer.bos_id] * 2, max_new_tokens=1)])
+    ids = [model.tokenizer.bos_id] * 2
+    if model.max_length > len(ids):
+        model.engine.generate([Request(ids, max_new_tokens=1)])
     serve(model, options, on_ready=lambda address: _greet(address, model.name, options))
 
 

@@ -60,6 +60,27 @@ def test_json_round_trip(tmp_path):
         from_json(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model": 3}', r"config.json: model is 3; it should be a JSON object"),
+        ('{"model": {"head_size": 3}}', r"config.json: unknown field model.head_size"),
+        ('{"modle": {}}', r"config.json: unknown section 'modle'"),
+        ("[]", r"config.json holds a list; it should be a JSON object"),
+        ("{", r"config.json is not readable as JSON"),
+        ("[" * 100_000, r"config.json is not readable as JSON"),
+        (
+            '{"model_type": "baichuan", "num_hidden_layers": 32}',
+            r"config.json is of a released checkpoint.*convert_checkpoint --from_hf=\S+ --to=DIR",
+        ),
+    ],
+)
+def test_what_is_no_config_of_a_run_is_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        from_json(tmp_path / "config.json")
+
+
 def test_the_released_vocabulary_needs_no_padding():
     assert config_module.ModelConfig().padded_vocab_size == 125_696
     assert config_module.ModelConfig(vocab_size=1_000).padded_vocab_size == 1_024

@@ -34,13 +34,15 @@ def read_json(path: Path) -> dict:
     return fields
 
 
-@contextlib.contextmanager
-def new_folder(target, needed: int) -> Iterator[Path]:
-    """A folder to fill that takes the place of `target` at the end: all of it or nothing.
+def check_target(target, needed: int) -> Path:
+    """What `new_folder` would refuse, told before long work. Makes the folders above `target`.
 
     Args:
       target: on a local disk; not there yet, or empty.
       needed: about how many bytes will be written.
+
+    Returns:
+      The absolute path.
 
     Raises:
       ValueError: `target` is in an object store.
@@ -56,6 +58,18 @@ def new_folder(target, needed: int) -> Iterator[Path]:
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise OSError(f"{target} needs about {needed:,} bytes, and the disk has {free:,} free.")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{target.parent} cannot be written to, and {target} is to be made.")
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(target, needed: int) -> Iterator[Path]:
+    """A folder to fill that takes the place of `target` at the end: all of it or nothing.
+
+    Args, raises: as `check_target`.
+    """
+    target = check_target(target, needed)
     folder = target.with_name(f"{target.name}.partial-{os.getpid()}")
     folder.mkdir()
     try:

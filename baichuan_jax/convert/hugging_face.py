@@ -37,6 +37,9 @@ from baichuan_jax.training.metrics import Progress
 # tokens than that belongs to another model.
 _MAX_PADDING = 256
 
+# (name, first row, past the last row) -> those rows of our parameter; of a stack, layers.
+ReadRows = Callable[[str, int, int], np.ndarray]
+
 
 def import_checkpoint(
     source,
@@ -81,7 +84,7 @@ def import_checkpoint(
         path.parent.mkdir()
         meta = {"release": release.directory.resolve().name, "reasons": list(release.reasons)}
         writer = WeightsWriter(path, arrays, meta)
-        pieces = _pieces(release.tensors, release.layout, model, arrays)
+        pieces = _pieces(_reader(release.tensors, release.layout, model, arrays), arrays)
         with Progress("convert", needed, unit="B") as progress:
             for done, name, start, piece in pieces:
                 writer.write(name, start, piece)
@@ -119,7 +122,7 @@ def read_model(
     shardings = by_name(zero.shardings(abstract, mesh))
     arrays = _arrays(tensors, layout, model, "" if dtype is None else np.dtype(dtype))
     loaded = {}
-    pieces = _pieces(tensors, layout, model, arrays)
+    pieces = _pieces(_reader(tensors, layout, model, arrays), arrays)
     with Progress("load", sum(array.nbytes for array in arrays.values()), unit="B") as progress:
         for name, group in itertools.groupby(pieces, key=lambda piece: piece[1]):
             staged = _Staged(arrays[name], shardings[name])
@@ -129,6 +132,49 @@ def read_model(
             loaded[name] = staged.to_devices()
     leaves = [loaded[name] for name in by_name(abstract)]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def release_rows(release: Release, dtype: str = "") -> ReadRows:
+    """Reads our parameters from a release by rows, checked as an import checks them.
+
+    Args:
+      dtype: of the rows; '' leaves them as they are in the files.
+
+    Raises:
+      ValueError: the tensors of a parameter have several dtypes, and none was asked for. What
+        is returned raises it and OSError as `layout.read_piece` does.
+    """
+    model = release.config.model
+    arrays = _arrays(release.tensors, release.layout, model, dtype)
+    return _reader(release.tensors, release.layout, model, arrays)
+
+
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, directory: Path) -> str:
+    """Whether a release's tokenizer belongs to its embedding.
+
+    Args:
+      tokenizer: of the release.
+      model: of the release; its `vocab_size` is that of the embedding.
+      directory: of the release, for the error.
+
+    Returns:
+      What is to be said about it, or ''.
+
+    Raises:
+      ValueError: it has more tokens than the embedding has rows, or far fewer.
+    """
+    size, rows = tokenizer.vocab_size, model.vocab_size
+    if not 0 <= rows - size < _MAX_PADDING:
+        raise ValueError(
+            f"{Path(directory) / 'tokenizer.model'} has {size:,} tokens, but {layouts.EMBEDDING} of"
+            f" {directory} has {rows:,} rows: they belong to different models."
+        )
+    if size == rows:
+        return ""
+    return (
+        f"The tokenizer has {size:,} tokens: the last {rows - size} rows of the embedding are"
+        " taken for padding."
+    )
 
 
 class _Staged:
@@ -177,24 +223,35 @@ def _arrays(
             if source.dtype != target:
                 raise ValueError(
                     f"{source} has dtype {source.dtype}, but {sources[0].name} {target}, and they"
-                    f" become one tensor, {name}. Give --dtype=float32 or --dtype=bfloat16."
+                    f" become one tensor, {name}. Give --dtype=float32 or --dtype=bfloat16 to"
+                    " experiments.convert_checkpoint."
                 )
         arrays[name] = Array(shape, target, layouts.piece_rows(shape, target.itemsize))
     return arrays
 
 
-def _pieces(
+def _reader(
     tensors: Mapping[str, StoredTensor],
     layout: str,
     model: ModelConfig,
     arrays: Mapping[str, Array],
+) -> ReadRows:
+    def read(name: str, start: int, stop: int) -> np.ndarray:
+        shape, dtype, _ = arrays[name]
+        part = (min(stop, shape[0]) - start, *shape[1:])
+        return layouts.read_piece(name, start, part, tensors, model, layout, dtype)
+
+    return read
+
+
+def _pieces(
+    read: ReadRows, arrays: Mapping[str, Array]
 ) -> Iterator[tuple[int, str, int, np.ndarray]]:
     """All weights in pieces: bytes so far, our name, first row, rows."""
     done = 0
-    for name, (shape, dtype, rows) in arrays.items():
+    for name, (shape, _, rows) in arrays.items():
         for start in range(0, shape[0], rows):
-            part = (min(rows, shape[0] - start), *shape[1:])
-            piece = layouts.read_piece(name, start, part, tensors, model, layout, dtype)
+            piece = read(name, start, start + rows)
             done += piece.nbytes
             yield done, name, start, piece
 
@@ -207,17 +264,8 @@ def _tokenizer_notes(directory: Path, model: ModelConfig) -> list[str]:
     """
     path, notes = directory / "tokenizer.model", []
     if path.exists():
-        size = Tokenizer(path).vocab_size
-        if size > model.vocab_size or model.vocab_size - size >= _MAX_PADDING:
-            raise ValueError(
-                f"{path} has {size:,} tokens, but {layouts.EMBEDDING} of {directory} has"
-                f" {model.vocab_size:,} rows: they belong to different models."
-            )
-        if size < model.vocab_size:
-            notes.append(
-                f"The tokenizer has {size:,} tokens: the last {model.vocab_size - size} rows of"
-                " the embedding are taken for padding."
-            )
+        if note := check_tokenizer(Tokenizer(path), model, directory):
+            notes.append(note)
     else:
         notes.append(f"There is no {path}: the run has no tokenizer, only weights.")
     added = directory / "added_tokens.json"

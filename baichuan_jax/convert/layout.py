@@ -143,13 +143,16 @@ def read_piece(
     """
     out = np.zeros(shape, dtype)
     released = [[tensors[part] for part in parts] for parts in their_names(name, model, layout)]
+    table = name in _TABLES
+    released = released if table else released[start : start + shape[0]]
     with np.errstate(over="ignore"):  # is told below
-        if name in _TABLES:
+        if table:
             x = released[0][0].read(start, start + shape[0])
             out[: len(x)] = x
         else:
-            for layer, parts in enumerate(released[start : start + shape[0]]):
+            for layer, parts in enumerate(released):
                 _fill(name, out[layer], parts, model)
-    if released[0][0].dtype != dtype:
-        check_finite(out, f"{released[0][0].file}: {name} as {dtype}", start)
+    converted = [tensor for parts in released for tensor in parts if tensor.dtype != dtype]
+    if converted:  # of some, the dtype may be the same
+        check_finite(out, f"{converted[0].file}: {name} as {dtype}", start)
     return out

@@ -33,6 +33,10 @@ _ONLY = {
 }
 
 
+class AmbiguousError(ValueError):
+    """The files do not tell what the model is; the message names the argument that does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Release:
     """A folder of released weights, checked but for the numbers themselves.
@@ -76,8 +80,8 @@ def read_config(directory, *, position: str = "", version: int = 0) -> Release:
       version: 1 or 2, where the fields do not tell; 0 lets them decide.
 
     Raises:
-      ValueError: a field or tensor of another architecture; fields that are ambiguous or
-        contradict each other, with the flag to give. Names file and field or tensor.
+      AmbiguousError: fields that do not tell, or contradict each other, with the flag to give.
+      ValueError: a field or tensor of another architecture. Names file and field or tensor.
       OSError: a file is missing or cannot be read.
     """
     directory = Path(directory).expanduser()
@@ -111,6 +115,7 @@ def read_config(directory, *, position: str = "", version: int = 0) -> Release:
         rope_base=fields.rope_base(),
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         norm_head=norm_head,
+        version=version,
         initializer_range=fields.number("initializer_range", 0.02),
     )
     context, why_context = fields.context()
@@ -147,7 +152,7 @@ def _position(fields: "_Fields", layout: str, buffers: bool, flag: str) -> tuple
     kinds = {kind for kind, _ in evidence}
     if not evidence or len(kinds) > 1:
         problem = text or "config.json has neither max_position_embeddings nor model_max_length"
-        raise ValueError(
+        raise AmbiguousError(
             f"{fields.path}: whether positions are RoPE or ALiBi is not clear ({problem}). Say it"
             " with --position=rope (as the 7B) or --position=alibi (as the 13B)."
         )
@@ -176,7 +181,7 @@ def _version(fields: "_Fields", layout: str, flag: int) -> tuple[int, bool, str]
     kinds = {kind for kind, _ in evidence}
     if len(kinds) != 1:
         nothing = f"{vocab_size:,} tokens are of neither, and there is no z_loss_weight"
-        raise ValueError(
+        raise AmbiguousError(
             f"{fields.path}: whether this is a Baichuan 1 or 2 is not clear ({text or nothing})."
             " Say it with --version=1 (the head is used as it is) or --version=2 (NormHead)."
         )
@@ -196,6 +201,11 @@ class _Fields:
 
     def whole(self, name: str) -> int:
         value = self.values.get(name)
+        if {"model", "training"} <= self.values.keys():
+            raise ValueError(
+                f"{self.path} is of a run of this project, not of a released checkpoint: give its"
+                " folder with --from."
+            )
         if type(value) is not int or not 0 < value < 2**31:
             found = "is missing" if value is None else f"is {value!r}"
             raise ValueError(f"{self.path}: {name} {found}; it should be a positive integer.")

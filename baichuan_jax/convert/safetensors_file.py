@@ -47,17 +47,14 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             )
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: (entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
-                for name, entry in header.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: its header is damaged ({error}).") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its header is damaged (it is no JSON object).")
+    header.pop("__metadata__", None)
     tensors = {}
-    for name, (dtype, shape, begin, end) in entries.items():
-        if not all(type(n) is int and n >= 0 for n in shape) or not 0 <= begin <= end:
-            raise ValueError(f"{path}: {name} has a damaged description in the header.")
+    for name, entry in header.items():
+        dtype, shape, begin, end = _description(path, name, entry)
         if 8 + length + end > size:
             raise ValueError(
                 f"{path}: {name} ends at byte {8 + length + end:,}, but the file has {size:,}: it"
@@ -70,6 +67,16 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             )
         tensors[name] = StoredTensor(name, path, known, shape, 8 + length + begin, row_major(shape))
     return tensors
+
+
+def _description(path: Path, name: str, entry) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype, shape, and the first byte and the one past the last, with nothing taken on trust."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]}:
+            numbers = [*shape, begin, end]
+            if all(type(n) is int and n >= 0 for n in numbers) and begin <= end:
+                return dtype, tuple(shape), begin, end
+    raise ValueError(f"{path}: {name} has a damaged description in the header.")
 
 
 class SafetensorsWriter:

@@ -51,7 +51,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `start` to `stop` of the first axis, finite, in the file's dtype.
+        """Rows `start` to `stop` of the first axis, as far as there are, in the file's dtype.
 
         Raises:
           ValueError: the file is damaged, or an element is infinite or NaN.
@@ -59,8 +59,8 @@ class StoredTensor:
         """
         if self.verify is not None:
             self.verify()
-        shape = (min(self.shape[0] if stop is None else stop, self.shape[0]) - start,)
-        shape += self.shape[1:]
+        end = self.shape[0] if stop is None else min(stop, self.shape[0])
+        shape = (max(0, end - start), *self.shape[1:])
         if 0 in shape:
             return np.empty(shape, self.dtype)
         itemsize = self.dtype.itemsize

@@ -98,6 +98,10 @@ class WeightsReader:
           ValueError: names the array and its shape.
         """
         expected = our_shapes(model)
+        if any(name.endswith(".scales") for name in self.shapes):
+            raise ValueError(
+                f"{self._path} is quantised: give the full-precision run that it was made from."
+            )
         for name in sorted(expected.keys() | self.shapes.keys()):
             there, should = self.shapes.get(name), expected.get(name)
             if there != should:

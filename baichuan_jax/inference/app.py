@@ -205,7 +205,7 @@ class _Handlers:
                 "top_k": defaults.sampling.top_k,
                 "top_p": defaults.sampling.top_p,
                 "repetition_penalty": defaults.sampling.repetition_penalty,
-                "max_tokens": defaults.max_new_tokens,
+                "max_tokens": model.limit(0, defaults.max_new_tokens),
             },
         }
 

@@ -42,7 +42,7 @@ def read_prompts(path: epath.PathLike) -> list[str]:
         if path.suffix == ".jsonl":
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
             if not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
                 raise ValueError(
@@ -138,6 +138,7 @@ def write(
             temporary.open("w", encoding="utf-8") as file,
             Progress("generate", len(jobs), unit="texts") as progress,
         ):
+            progress.update(0)
             for done, (job, output) in enumerate(run(engine, jobs), start=1):
                 row = {
                     "prompt": job.prompt,

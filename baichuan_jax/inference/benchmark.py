@@ -261,4 +261,6 @@ def table(load: Load, results: dict[str, dict]) -> str:
             fastest = min(theirs[what]) / min(ours[what])
             median = statistics.median(theirs[what]) / statistics.median(ours[what])
             lines.append(f"{what}: {fastest:.2f}× as fast by the minima, {median:.2f}× by medians")
+    elif load.model.position == "rope" and not load.kind and not load.cache_dtype:
+        lines.append("For the comparison: pip install -e '.[oracle]' (torch and transformers).")
     return "\n".join(lines)

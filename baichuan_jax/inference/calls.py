@@ -84,7 +84,7 @@ def chat_call(body: Mapping[str, Any], model: LanguageModel) -> Call:
         ignore_eos=shared.ignore_eos,
         top_logprobs=top_logprobs,
         # A chat that ends with the assistant's words is continued, not answered.
-        continues=messages[-1]["role"] == "assistant",
+        continues=messages[-1]["role"] == "assistant" and bool(messages[-1]["content"]),
     )
     return Call(
         chat=True,

@@ -30,7 +30,7 @@ from baichuan_jax.inference import programs
 from baichuan_jax.inference.cache import NOWHERE
 from baichuan_jax.inference.request import Output, Request
 from baichuan_jax.inference.sampling import History, Sampling, Settings, begin
-from baichuan_jax.inference.slot import Slot, common_length
+from baichuan_jax.inference.slot import Slot, common_length, pairs
 from baichuan_jax.inference.text import TextStream
 from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.tokenizer import Tokenizer
@@ -145,6 +145,8 @@ class Engine:
 
     def cancel(self, output: Output) -> None:
         """Ends a request now; nothing happens where it has ended already."""
+        if output.finish_reason is not None:
+            return
         if output in self._queue:
             self._queue.remove(output)
             output.finish_reason = "cancelled"
@@ -159,10 +161,19 @@ class Engine:
                 slot.held = 0
 
     def generate(self, requests: Sequence[Request]) -> list[Output]:
-        """Runs requests to their end, in whatever order, beside those that run already."""
-        outputs = [self.submit(request) for request in requests]
-        while any(output.finish_reason is None for output in outputs):
-            self.step()
+        """Runs requests to their end, in whatever order, beside those that run already.
+
+        Raises:
+          ValueError: as `submit`; none of the requests runs on then, nor after Ctrl-C.
+        """
+        outputs: list[Output] = []
+        try:
+            outputs += map(self.submit, requests)
+            while any(output.finish_reason is None for output in outputs):
+                self.step()
+        finally:
+            for output in outputs:
+                self.cancel(output)
         return outputs
 
     def step(self) -> list[Output]:
@@ -174,6 +185,7 @@ class Engine:
         """
         self._visits += 1
         with self._context():
+            self._shrink()
             self._admit()
             changed = []
             for _ in range(self._visit):
@@ -261,7 +273,7 @@ class Engine:
                 reading[self._part(slot)].append(slot)
         if not any(reading):
             return []
-        self._resize()
+        self._grow()
         wide = max(map(len, reading)) >= _WIDE - 1
         rows = min(_WIDE if wide else 1, self.num_slots // self._parts)
         chosen = [slot for part in reading for slot in (part[:rows] + [None] * rows)[:rows]]
@@ -284,6 +296,7 @@ class Engine:
             self._cache,
             np.stack([tokens_RC, positions_RC, targets_RC]),
             slots_R,
+            np.int32(self.vocab_size),
             np.bool(wants_top),
             score=scores,
         )
@@ -294,19 +307,11 @@ class Engine:
                 continue
             count = int(np.sum(positions_RC[row] < NOWHERE))
             if slot.output.request.score_from is not None:
-                self._take_scores(slot, count, *(x[row] for x in scored))
+                slot.take_scores(count, *(x[row] for x in scored))
                 changed.append(slot.output)
             slot.ids[slot.held : slot.held + count] = tokens_RC[row, :count]
             slot.held += count
         return changed
-
-    def _take_scores(self, slot: Slot, count: int, logprobs_C, top_ids, top_values) -> None:
-        """Keeps the scores of prompt tokens held + 1 … held + count, as far as wanted."""
-        output = slot.output
-        first = max(1, output.request.score_from) - (slot.held + 1)
-        for c in range(max(0, first), count):
-            output.prompt_logprobs.append(float(logprobs_C[c]))
-            output.prompt_top.append(_pairs(output.request, top_ids[c], top_values[c]))
 
     def _score_only(self) -> list[Output]:
         """Ends requests that want no token and whose prompt is read."""
@@ -323,7 +328,7 @@ class Engine:
         slots = [slot for slot in self._slots if slot.decoding]
         if not slots:
             return []
-        self._resize()
+        self._grow()
         rows = self._rows(slots)
         table = np.zeros((5, len(rows)), np.int32)
         tokens_N, positions_N, remaining_N, numbers_N, stops_N = table
@@ -380,7 +385,7 @@ class Engine:
                 return self._finish(slot, "stop")
             output.tokens.append(token)
             output.logprobs.append(float(logprobs_I[i]))
-            output.top.append(_pairs(request, top_ids[i], top_values[i]))
+            output.top.append(pairs(request, top_ids[i], top_values[i]))
             self.stats.generated_tokens += 1
             if output.stream is not None:
                 output.stream.add(token)
@@ -391,16 +396,36 @@ class Engine:
 
     # The cache.
 
-    def _resize(self) -> None:
-        """Makes the cache as long as the next visit needs; shorter only after a while."""
+    def try_longest(self) -> None:
+        """Makes the cache as long as it can get, and short again.
+
+        A server does so at its start: too little memory shows then, not with the first long text.
+        """
+        with self._context():
+            self._set_length(self.max_length)
+            self._set_length(self._fitting(max(slot.needs(self._visit) for slot in self._slots)))
+
+    def _grow(self) -> None:
+        """Makes the cache as long as the next visit needs."""
         needed = max(slot.needs(self._visit) for slot in self._slots)
-        length = next((n for n in self._lengths if n >= needed), self.max_length)
+        if needed > self._length:
+            self._set_length(self._fitting(needed))
+
+    def _shrink(self) -> None:
+        """Makes the cache shorter when a shorter one would have done for a while."""
+        length = self._fitting(max(slot.needs(self._visit) for slot in self._slots))
         self._too_long = self._too_long + 1 if length < self._length else 0
-        if length > self._length or self._too_long > _SHRINK_AFTER:
-            self._cache = cache_module.resize(self._cache, length)
-            self._length, self._too_long = length, 0
-            for slot in self._slots:
-                slot.held = min(slot.held, length)
+        if self._too_long > _SHRINK_AFTER:
+            self._set_length(length)
+
+    def _fitting(self, needed: int) -> int:
+        return next((n for n in self._lengths if n >= needed), self.max_length)
+
+    def _set_length(self, length: int) -> None:
+        self._cache = cache_module.resize(self._cache, length)
+        self._length, self._too_long = length, 0
+        for slot in self._slots:
+            slot.held = min(slot.held, length)
 
     def _part(self, slot: Slot) -> int:
         return slot.index // (self.num_slots // self._parts)
@@ -417,8 +442,3 @@ def _lengths(max_length: int) -> list[int]:
         lengths.append(length)
         length *= 2
     return [*lengths, max_length]
-
-
-def _pairs(request: Request, ids: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
-    count = request.top_logprobs
-    return list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))

@@ -15,25 +15,32 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
 
 from baichuan_jax import chat
 from baichuan_jax.chat import ChatFormat, chat_format, chat_prompt, prompt_budget
-from baichuan_jax.config import Config, MeshConfig, from_json
+from baichuan_jax.config import Config, MeshConfig, ModelConfig, from_json
 from baichuan_jax.convert.folder import read_json
-from baichuan_jax.convert.layout import our_shapes, read_piece, their_names
+from baichuan_jax.convert.hugging_face import check_tokenizer, release_rows
+from baichuan_jax.convert.layout import our_shapes
 from baichuan_jax.convert.release import Release, is_release, read_config
 from baichuan_jax.convert.weights import WeightsReader
 from baichuan_jax.inference import weights
 from baichuan_jax.inference.engine import Engine
-from baichuan_jax.inference.quantize import is_quantized, restore_quantized, save_quantized
+from baichuan_jax.inference.quantize import (
+    check_save,
+    is_quantized,
+    restore_quantized,
+    save_quantized,
+)
 from baichuan_jax.inference.request import Request
 from baichuan_jax.inference.sampling import Sampling
+from baichuan_jax.model.quantized import BLOCK
 from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.training import manifest
 from baichuan_jax.training.checkpoint import sound_weights
 from baichuan_jax.training.metrics import Progress
 
@@ -94,14 +101,16 @@ class LanguageModel:
           ValueError: names the field and what would be right.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        stop = stop if isinstance(stop, str) else tuple(stop)
+        wanted = _positive(max_new_tokens, self.defaults)
         drawn = dataclasses.replace(self.defaults.sampling, **sampling)
         requests = []
         for i, text in enumerate(texts):
             ids = self.tokenizer.encode(text)
             if not ids:
                 raise ValueError(f"Prompt {i} is empty: there is nothing to continue.")
-            limit = self.limit(len(ids), max_new_tokens or self.defaults.max_new_tokens)
-            requests.append(Request(ids, limit, drawn, stop=tuple(stop)))
+            limit = self.limit(len(ids), wanted)
+            requests.append(Request(ids, limit, drawn, stop=stop))
         texts = [output.text for output in self.engine.generate(requests)]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -125,7 +134,7 @@ class LanguageModel:
             raise ValueError(f"{self.name}: its tokenizer has no role tokens, so it cannot chat.")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        wanted = max_new_tokens or self.chat_defaults.max_new_tokens
+        wanted = _positive(max_new_tokens, self.chat_defaults)
         budget = prompt_budget(self.max_length, wanted)
         prompt = chat_prompt(messages, self.tokenizer, self.format, budget)
         if prompt.dropped_rounds:
@@ -133,7 +142,8 @@ class LanguageModel:
                 "The oldest %d rounds of the conversation do not fit.", prompt.dropped_rounds
             )
         drawn = dataclasses.replace(self.chat_defaults.sampling, **sampling)
-        continues = messages[-1]["role"] == "assistant"
+        # The assistant's own beginning is gone on with, if there is one.
+        continues = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
         limit = self.limit(len(prompt.ids), wanted)
         request = Request(prompt.ids, limit, drawn, continues=continues)
         return self.engine.generate([request])[0].text
@@ -153,6 +163,15 @@ class LanguageModel:
     def limit(self, prompt_tokens: int, max_new_tokens: int) -> int:
         """`max_new_tokens`, or what the context leaves of it; at least 1."""
         return max(1, min(max_new_tokens, self.max_length - prompt_tokens))
+
+
+def _positive(max_new_tokens: int | None, defaults: Defaults) -> int:
+    if max_new_tokens is None:
+        return defaults.max_new_tokens
+    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+    if not whole or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive whole number.")
+    return max_new_tokens
 
 
 def load(
@@ -185,16 +204,27 @@ def load(
       ValueError: names the file, tensor, field or argument, and what would be right.
       OSError, CheckpointError: what cannot be read.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()  # Orbax wants it so
+    for name, value in (("dtype", dtype), ("cache_dtype", cache_dtype)):
+        allowed = ("", "bfloat16", "float32", *(["int8"] if name == "cache_dtype" else []))
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}.")
     config, release = _config(path, position, version)
-    tokenizer = _tokenizer(path, config)
-    version = release.version if release else 2 if config.model.norm_head else 1
+    tokenizer = _tokenizer(path, config, release)
+    version = config.model.version
     defaults, chat_defaults = _defaults(path, version)
     on_cpu = jax.default_backend() == "cpu"
-    devices = make_mesh(mesh, jax.devices()) if mesh else _default_mesh(config, on_cpu)
+    kind = quantize or ("" if release else is_quantized(path, step))
+    devices = make_mesh(mesh, jax.devices()) if mesh else _default_mesh(config.model, kind, on_cpu)
     chosen = dtype or ("float32" if on_cpu else "bfloat16")
     with jax.set_mesh(devices):
         model = _model(path, config, release, jnp.dtype(chosen), quantize, step)
+    if max_length > config.data.sequence_length:
+        logging.warning(
+            "max_length=%d is more than the %d tokens that the model was trained on.",
+            max_length,
+            config.data.sequence_length,
+        )
     engine = Engine(
         model,
         config.model,
@@ -234,30 +264,45 @@ def quantize_folder(
       ValueError, OSError, CheckpointError: as `load`, or the target cannot be written. Nothing
         is left in it.
     """
-    path = Path(source).expanduser()
+    path = Path(source).expanduser().absolute()
     config, release = _config(path, position, version)
-    _tokenizer(path, config)  # is refused before long work
+    tokens = 0
+    if not release:  # the step is chosen here, so that the model and the name agree
+        found = sound_weights(path / "checkpoints", step)
+        step, tokens = int(found.name), manifest.read(found)[0]
+    _tokenizer(path, config, release)
+    check_save(config, kind, target, source=path, dtype=jnp.dtype(dtype))
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         model = _model(path, config, release, jnp.dtype(dtype), kind, step)
-        save_quantized(model, config, target, source=path)
+        save_quantized(model, config, target, source=path, step=step or 0, tokens=tokens)
 
 
 def _config(path: Path, position: str, version: int) -> tuple[Config, Release | None]:
+    if ":/" in str(path):
+        raise ValueError(f"{path}: models are loaded from a local disk; copy the folder first.")
     release = read_config(path, position=position, version=version) if is_release(path) else None
-    if release is None and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path}/config.json is missing: give a run's folder, or one with a released model."
+    if release is None and (position or version):
+        raise ValueError(
+            f"position={position!r}, version={version}: {path} is a run, and its config.json says"
+            " both. They are for released checkpoints."
         )
+    if release is None and not (path / "config.json").is_file():
+        lacking = f"{path}/config.json is missing" if path.is_dir() else f"There is no {path}"
+        raise FileNotFoundError(f"{lacking}: give a run's folder, or one with a released model.")
     return (release.config if release else from_json(path / "config.json")), release
 
 
-def _tokenizer(path: Path, config: Config) -> Tokenizer:
+def _tokenizer(path: Path, config: Config, release: Release | None) -> Tokenizer:
     file = path / "tokenizer.model"
     if not file.exists() and config.data.tokenizer:
         file = Path(config.data.tokenizer).expanduser()
     if not file.exists():
-        raise FileNotFoundError(f"{path / 'tokenizer.model'} is missing: it comes with the model.")
+        raise FileNotFoundError(
+            f"{path / 'tokenizer.model'} is missing: copy the model's SentencePiece file there."
+        )
     tokenizer = Tokenizer(file)
+    if release:
+        check_tokenizer(tokenizer, config.model, path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"{file} has {tokenizer.vocab_size:,} tokens, more than the"
@@ -276,6 +321,7 @@ def _defaults(path: Path, version: int) -> tuple[Defaults, Defaults]:
 
 
 def _read_defaults(file: Path, fields: Mapping) -> Defaults:
+    fields = {name: value for name, value in fields.items() if value is not None}
     sampled = fields.get("do_sample", False)
     names = ("temperature", "top_k", "top_p") if sampled else ()
     given = {name: fields[name] for name in (*names, "repetition_penalty") if name in fields}
@@ -285,17 +331,21 @@ def _read_defaults(file: Path, fields: Mapping) -> Defaults:
     max_new_tokens = fields.get("max_new_tokens", _MAX_NEW_TOKENS)
     try:
         sampling.check(1)
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive whole number.")
+        if not isinstance(sampled, bool):
+            raise ValueError(f"do_sample={sampled!r} must be true or false.")
+        max_new_tokens = _positive(max_new_tokens, Defaults())
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return Defaults(sampling, max_new_tokens)
 
 
-def _default_mesh(config: Config, on_cpu: bool) -> jax.sharding.Mesh:
-    model = config.model
-    divides = math.gcd(model.num_heads, model.intermediate_size, model.padded_vocab_size)
-    tensor = 1 if on_cpu else math.gcd(divides, len(jax.devices()))
+def _default_mesh(model: ModelConfig, kind: str, on_cpu: bool) -> jax.sharding.Mesh:
+    """On accelerators, as many devices as split heads, tables and quantised blocks evenly."""
+    sizes = [model.num_heads, model.intermediate_size, model.hidden_size, model.padded_vocab_size]
+    if kind in ("nf4", "int4"):  # no block of inputs lies on two devices
+        for size in (model.intermediate_size, model.hidden_size):
+            sizes.append(size // BLOCK if size % BLOCK == 0 else 1)
+    tensor = 1 if on_cpu else math.gcd(len(jax.devices()), *sizes)
     return make_mesh(MeshConfig(1, 1, tensor), jax.devices()[:tensor])
 
 
@@ -314,20 +364,14 @@ def _model(
             raise ValueError(f"{path} is quantised as {saved_kind}: it cannot become {kind}.")
         return restore_quantized(path, step=step, dtype=dtype)
     if release:
-        shapes = our_shapes(model)
-
-        def read(name: str, start: int, stop: int) -> np.ndarray:
-            shape = (stop - start, *shapes[name][1:])
-            first = release.tensors[their_names(name, model, release.layout)[0][0]]
-            source = (release.tensors, model, release.layout, first.dtype)
-            return read_piece(name, start, shape, *source)
-
+        read = release_rows(release)
     else:
         reader = WeightsReader(sound_weights(path / "checkpoints", step))
         reader.check(model)
         read = reader.read
     total = sum(math.prod(shape) for shape in our_shapes(model).values())
     with Progress("load", total, unit="parameters") as progress:
+        progress.update(0)
         return weights.serve(
             model, read, dtype, kind, lambda done, name: progress.update(done, tensor=name)
         )

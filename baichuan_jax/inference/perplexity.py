@@ -93,7 +93,7 @@ def benchmark(checkpoint: epath.PathLike, text: str = "", max_tokens: int = 0) -
     Raises:
       ValueError: no such run, or no text: says what would be right.
     """
-    workdir = epath.Path(checkpoint).expanduser()
+    workdir = epath.Path(checkpoint).expanduser().absolute()
     if not (workdir / "config.json").exists():
         raise ValueError(
             f"--checkpoint={checkpoint} is no run's folder. Name one, or make one in a few"

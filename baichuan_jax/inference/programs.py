@@ -31,6 +31,7 @@ def read(
     cache: Cache,
     table_3RC: jax.Array,
     slots_R: jax.Array,
+    vocab_size: jax.Array,
     wants_top: jax.Array,
     *,
     score: bool,
@@ -40,6 +41,7 @@ def read(
     Args:
       table_3RC: int32 tokens, their positions (NOWHERE for padding) and the tokens that follow.
       slots_R: int32 slot of each row, counted within its part.
+      vocab_size: only ids below it are told.
       wants_top: whether to tell the likeliest tokens, too.
       score: whether to score the tokens that follow.
 
@@ -55,7 +57,7 @@ def read(
     if not score:
         return cache, ()
     logits_RCV = place(model.logits(hidden_RCD), P(BATCH_AXES, None, None))
-    return cache, (logprobs(logits_RCV, targets), *top_logprobs(logits_RCV, wants_top))
+    return cache, (logprobs(logits_RCV, targets), *top_logprobs(logits_RCV, vocab_size, wants_top))
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames=("cache", "history"))
@@ -80,7 +82,7 @@ def decode(
         rows; how many tokens may come; how many have come; whether the end of text ends it.
       slots_N: int32, the slot of each row, all different; None: row n is slot n.
       eos_id: the end-of-text token.
-      vocab_size: only ids below it are drawn.
+      vocab_size: only ids below it are drawn and told.
       wants_top: whether to tell the likeliest tokens, too.
 
     Returns:
@@ -109,7 +111,11 @@ def decode(
         known = jnp.arange(logits_NV.shape[-1]) < vocab_size
         allowed_NV = jnp.where(known, logits_NV, -jnp.inf)
         token_N = sample(allowed_NV, history, settings, number_N + step)
-        values = (token_N, logprobs(logits_NV, token_N), *top_logprobs(logits_NV, wants_top))
+        values = (
+            token_N,
+            logprobs(logits_NV, token_N),
+            *top_logprobs(logits_NV, vocab_size, wants_top),
+        )
         new = tuple(
             jax.lax.dynamic_update_index_in_dim(all_steps, value, step, 0)
             for all_steps, value in zip(new, values, strict=True)

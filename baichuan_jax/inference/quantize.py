@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 from baichuan_jax.config import Config, ModelConfig, from_json, to_json
+from baichuan_jax.convert.folder import check_target, new_folder
 from baichuan_jax.model import quantized
 from baichuan_jax.model.quantized import Quantized
 from baichuan_jax.model.transformer import Block, Transformer, norm_head
@@ -168,6 +169,27 @@ def abstract(config: ModelConfig, kind: str = "", dtype: jnp.dtype = jnp.bfloat1
     return model
 
 
+def check_save(
+    config: Config,
+    kind: str,
+    to: epath.PathLike,
+    *,
+    source: epath.PathLike | None = None,
+    dtype: jnp.dtype = jnp.bfloat16,
+) -> None:
+    """What `save_quantized` would refuse, told before a model is quantised.
+
+    Args:
+      kind: of the quantisation.
+      dtype: of all that is not quantised.
+
+    Raises:
+      ValueError, OSError: as `save_quantized`.
+    """
+    _files_to_copy(source, config)
+    check_target(to, memory(abstract(config.model, kind, dtype))["total"])
+
+
 def save_quantized(
     model: Transformer,
     config: Config,
@@ -179,44 +201,36 @@ def save_quantized(
 ) -> None:
     """Writes a quantised model as a run's folder, its head normalised. For one process.
 
+    The folder appears when it is complete.
+
     Args:
       model: by `quantize`. Its head is normalised here where `model.norm_head` asks for it.
       config: of the model; `config.model.norm_head` goes on telling the architecture.
-      to: a folder that is empty or does not exist.
+      to: a folder on a local disk that is empty or does not exist.
       source: the folder from which `tokenizer.model` and `generation_config.json` are copied,
         whichever are there. A missing tokenizer is copied from `config.data.tokenizer`.
       step, tokens: how long the model was trained, where that is known.
 
     Raises:
-      ValueError: a model that is not quantised; a folder that is not empty; no tokenizer.
-      OSError, CheckpointError: the folder cannot be written. Nothing is left in it.
+      ValueError: a model that is not quantised; no tokenizer; a folder in an object store.
+      FileExistsError: the folder is not empty.
+      OSError, CheckpointError: it cannot be written. Nothing is left in it.
     """
-    to = epath.Path(to).expanduser()
     kinds = {getattr(weight, "kind", "") for _, weight, _, _ in _weights(model.layers)}
     if len(kinds) != 1 or not all(kinds):
         raise ValueError("The model is not quantised, or not in all layers alike: see `quantize`.")
-    existed = to.exists()
-    if existed and any(to.iterdir()):
-        raise ValueError(f"{to} is not empty: a quantised model needs a folder of its own.")
     files = _files_to_copy(source, config)
     model = _unstacked(model)
     if model.norm_head:
         head = jax.jit(norm_head)(model.head[...].astype(jnp.float32))
         model.head = model.head.replace(head.astype(model.head.dtype))
     meta = {_META: {"kind": kinds.pop(), "head": "normalised" if config.model.norm_head else "raw"}}
-    try:
-        to.mkdir(parents=True, exist_ok=True)
+    with new_folder(to, memory(model)["total"]) as folder:
         for name, file in files.items():
-            file.copy(to / name)
-        with Checkpoints(to / "checkpoints", keep=1) as checkpoints:
+            file.copy(folder / name)
+        with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
             checkpoints.save(step, {"model": model}, meta, tokens)
-        (to / "config.json").write_text(to_json(config))
-    except BaseException:
-        for path in to.iterdir() if to.exists() else ():
-            path.rmtree() if path.is_dir() else path.unlink()
-        if not existed:
-            to.rmdir()
-        raise
+        (folder / "config.json").write_text(to_json(config))
 
 
 def is_quantized(path: epath.PathLike, step: int | None = None) -> str:
@@ -225,7 +239,7 @@ def is_quantized(path: epath.PathLike, step: int | None = None) -> str:
     Args:
       step: which checkpoint; by default the newest.
     """
-    found = _checkpoint(epath.Path(path).expanduser(), step)
+    found = _checkpoint(epath.Path(path).expanduser().absolute(), step)
     meta = ocp.checkpointables_metadata(found).custom_metadata if found else None
     return (meta or {}).get(_META, {}).get("kind", "")
 
@@ -238,7 +252,8 @@ def restore_quantized(
     Args:
       path: the run's folder.
       step: which checkpoint; by default the newest.
-      dtype: of all that is not quantised; by default as it was saved, bit for bit.
+      dtype: of all that is not quantised, except that the gains of norms are then float32, as
+        in each served model; by default as it was saved, bit for bit.
 
     Returns:
       The model; its layers are a tuple of blocks and `norm_head` is False, as the head is
@@ -249,7 +264,7 @@ def restore_quantized(
         says; a mesh that splits inputs inside a block.
       CheckpointError: a damaged checkpoint.
     """
-    path = epath.Path(path).expanduser()
+    path = epath.Path(path).expanduser().absolute()  # Orbax wants it so
     kind = is_quantized(path, step)
     if not kind:
         raise ValueError(f"{path}: its checkpoint is not quantised.")
@@ -260,7 +275,8 @@ def restore_quantized(
     def as_saved(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if name not in saved or name.endswith((".values", ".scales")):
             return leaf
-        kept = dtype or saved[name].dtype
+        asked = jnp.float32 if dtype and name.endswith(".gain") else dtype
+        kept = asked or saved[name].dtype
         return jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
 
     leaves = [as_saved(name, leaf) for name, leaf in by_name(model).items()]

@@ -44,6 +44,11 @@ class Request:
         if prompt.min() < 0 or prompt.max() >= vocab_size:
             bad = prompt[(prompt < 0) | (prompt >= vocab_size)][0]
             raise ValueError(f"prompt has id {bad}: ids are 0 to {vocab_size - 1}.")
+        for name in ("max_new_tokens", "top_logprobs", "score_from"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole and (name, value) != ("score_from", None):
+                raise ValueError(f"{name}={value!r} must be a whole number.")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative.")
         total = prompt.size + self.max_new_tokens

@@ -170,7 +170,8 @@ def sample(
     drawn_N = settings.temperature > 0
 
     def draw(z_NV):
-        z_NV = z_NV / jnp.where(drawn_N, settings.temperature, 1.0)[:, None]
+        z_NV -= jnp.max(z_NV, axis=-1, keepdims=True)  # or a small temperature would overflow
+        z_NV /= jnp.where(drawn_N, jnp.maximum(settings.temperature, 1e-6), 1.0)[:, None]
         filtered = (settings.top_k > 0) | (settings.top_p < 1)
         few = (settings.top_k > 0) & (settings.top_k <= min(_FEW, z_NV.shape[-1]))
         sort_all = jnp.any(drawn_N & filtered & ~few)
@@ -208,13 +209,19 @@ def logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def top_logprobs(logits: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids and log-probabilities of the likeliest, [..., TOP_LOGPROBS]; zeros if not `wanted`."""
+def top_logprobs(
+    logits: jax.Array, vocab_size: jax.Array, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Ids and log-probabilities of the likeliest, [..., TOP_LOGPROBS]; zeros if not `wanted`.
+
+    Ids from `vocab_size` on have their share of the probability, but are not told.
+    """
     shape = (*logits.shape[:-1], TOP_LOGPROBS)
     spec = P(BATCH_AXES, *[None] * (logits.ndim - 1))
 
     def largest(z):
-        values, ids = jax.lax.top_k(z, min(TOP_LOGPROBS, z.shape[-1]))
+        told = jnp.where(jnp.arange(z.shape[-1]) < vocab_size, z, -jnp.inf)
+        values, ids = jax.lax.top_k(told, min(TOP_LOGPROBS, z.shape[-1]))
         values -= jax.nn.logsumexp(z, axis=-1, keepdims=True)
         pad = [(0, 0)] * (z.ndim - 1) + [(0, TOP_LOGPROBS - ids.shape[-1])]
         return jnp.pad(ids, pad), jnp.pad(values, pad, constant_values=-jnp.inf)

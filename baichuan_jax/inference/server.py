@@ -21,6 +21,22 @@ from baichuan_jax.inference.metrics import Metrics
 from baichuan_jax.inference.worker import Worker
 
 
+def listen(options: ServerOptions) -> socket.socket:
+    """The socket of `options.host` and `options.port`; its queue is open, nobody answers yet.
+
+    Raises:
+      OSError: the address cannot be listened on; says which flags.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family)
+    except OSError as error:
+        raise OSError(
+            f"--host={options.host} --port={options.port} cannot be listened on"
+            f" ({error.strerror}): choose another, or --port=0 for any free one."
+        ) from error
+
+
 def serve(
     model: LanguageModel,
     options: ServerOptions,
@@ -34,8 +50,7 @@ def serve(
     Raises:
       OSError: the address cannot be listened on.
     """
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.create_server((options.host, options.port), family=family) as listener:
+    with listen(options) as listener:
         host, port = listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         Server(model, options, on_ready=lambda: on_ready(address)).run(sockets=[listener])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from baichuan_jax.inference.request import Output
+from baichuan_jax.inference.request import Output, Request
 
 
 def common_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -10,6 +10,12 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     size = min(len(a), len(b))
     different = np.flatnonzero(a[:size] != b[:size])
     return int(different[0]) if different.size else size
+
+
+def pairs(request: Request, ids: np.ndarray, values: np.ndarray) -> list[tuple[int, float]]:
+    """As many of the likeliest tokens, with log-probabilities, as the request wants."""
+    count = request.top_logprobs
+    return list(zip(ids[:count].tolist(), values[:count].tolist(), strict=True))
 
 
 class Slot:
@@ -43,3 +49,11 @@ class Slot:
     def common(self, prompt: np.ndarray) -> int:
         """How many tokens of the prompt the cache holds here, from the first one on."""
         return common_length(self.ids[: self.held], prompt)
+
+    def take_scores(self, count: int, logprobs_C, top_ids, top_values) -> None:
+        """Keeps the scores of prompt tokens held + 1 … held + count, as far as wanted."""
+        output = self.output
+        first = max(1, output.request.score_from) - (self.held + 1)
+        for c in range(max(0, first), count):
+            output.prompt_logprobs.append(float(logprobs_C[c]))
+            output.prompt_top.append(pairs(output.request, top_ids[c], top_values[c]))

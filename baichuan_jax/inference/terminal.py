@@ -82,13 +82,17 @@ def converse(
             conversation.answer(line)
 
 
-def show(engine: Engine, request: Request) -> Output:
+def show(engine: Engine, request: Request, before: str = "") -> Output:
     """Prints the text of a request as it comes; Ctrl-C ends it ('cancelled'), twice the program.
+
+    Args:
+      before: is printed first, if the request is a sound one.
 
     Raises:
       ValueError: names the field of the request that is wrong.
     """
     output, shown = engine.submit(request), 0
+    print(before, end="", flush=True)
     with _interrupts() as interrupted:
         while output.finish_reason is None:
             engine.step()
@@ -141,6 +145,8 @@ class _Conversation:
             {"role": "assistant", "content": output.text},
         ]
         tokens = _count(len(output.tokens), "token")
+        if output.finish_reason == "cancelled":
+            _tell("Stopped.")
         if output.finish_reason == "length":
             _tell(f"The reply was cut after {tokens}: --max_new_tokens, or the context's end.")
         if sys.stdout.isatty():

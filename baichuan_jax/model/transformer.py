@@ -161,8 +161,9 @@ class Block(nnx.Module):
 
 def norm_head(head_VD: jax.Array) -> jax.Array:
     """NormHead (§2.5): each row of the head at length one. The stored weight stays raw."""
-    norm = jnp.sqrt(jnp.sum(head_VD * head_VD, axis=-1, keepdims=True))
-    return head_VD / jnp.maximum(norm, 1e-12)
+    # The maximum is inside: a root has no gradient at 0, where rows that only pad may be.
+    square = jnp.sum(head_VD * head_VD, axis=-1, keepdims=True)
+    return head_VD / jnp.sqrt(jnp.maximum(square, 1e-24))
 
 
 class Transformer(nnx.Module):

@@ -54,6 +54,7 @@ def train(
     stream: Stream,
     eval_stream: Stream | None,
     token_bytes: np.ndarray,
+    first_weights: Callable[[], nnx.Module] | None = None,
 ) -> TrainState:
     """Trains until `config.training.num_steps`, or until SIGTERM, which saves first.
 
@@ -63,6 +64,8 @@ def train(
       stream: training rows; row `i` is the same whenever it is asked for.
       eval_stream: held-out rows, or None for no evaluation.
       token_bytes: int32 [V], UTF-8 bytes that each token stands for, for bits per byte.
+      first_weights: makes the float32 weights, stored on the mesh as `zero.shardings` says, that
+        a new run starts from; None: those of `config.checkpoint.init_from`, else random ones.
 
     Raises:
       NonFiniteError: names the step, the rows of its batch and the first bad tensor.
@@ -90,7 +93,7 @@ def train(
         checkpoints = enter(
             Checkpoints(workdir / "checkpoints", keep=keep, keep_every_tokens=keep_every)
         )
-        state, position = _start(config, mesh, tx, checkpoints, stream)
+        state, position = _start(config, mesh, tx, checkpoints, stream, first_weights)
         if jax.process_index() == 0:
             (workdir / "config.json").write_text(to_json(config))
         enter(jax.set_mesh(mesh))
@@ -149,8 +152,9 @@ def _start(
     tx: optax.GradientTransformation,
     checkpoints: Checkpoints,
     stream: Stream,
+    first_weights: Callable[[], nnx.Module] | None,
 ) -> tuple[TrainState, Position]:
-    """The newest checkpoint of this run; else the weights of another; else random weights."""
+    """The newest checkpoint of this run; else weights from elsewhere; else random weights."""
     abstract = step_module.abstract_state(config, tx, mesh)
     if checkpoints.newest() is not None:
         state, meta = checkpoints.restore(abstract)
@@ -169,11 +173,15 @@ def _start(
             logging.warning("New batches from row %s on:\n%s", f"{position.row:,}", changed)
         logging.info("Resumes at step %d, row %d.", position.step, position.row)
         return state, position
-    if init_from := config.checkpoint.init_from:
+    init_from = config.checkpoint.init_from
+    if first_weights is not None:
+        model = first_weights()
+    elif init_from:
         model = restore_model(epath.Path(init_from) / "checkpoints", abstract.model)
-        logging.info("Starts from the weights of %s.", init_from)
     else:
         model = step_module.create_model(config.model, config.training.seed, mesh)
+    if init_from:
+        logging.info("Starts from the weights of %s.", init_from)
     return step_module.create_state(model, tx, mesh), Position()
 
 

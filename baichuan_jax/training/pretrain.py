@@ -1,14 +1,21 @@
 """Pre-training from a config alone: mesh, tokenizer, packed rows, loop (paper §2)."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
 from baichuan_jax.config import Config, DataConfig, from_json, validate
+from baichuan_jax.convert.hugging_face import read_model
+from baichuan_jax.convert.release import AmbiguousError, Release, is_release, read_config
 from baichuan_jax.data import packing, shards, sources
 from baichuan_jax.data.stream import Stream, difference
+from baichuan_jax.inference.quantize import is_quantized
+from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.parallel.mesh import check_fit, make_mesh
 from baichuan_jax.tokenizer import Tokenizer
 from baichuan_jax.training import loop
@@ -70,20 +77,56 @@ def checked_mesh(config: Config) -> jax.sharding.Mesh:
     return mesh
 
 
-def _check_source(config: Config) -> None:
-    """Refuses to take the weights of a run with another architecture."""
-    path = epath.Path(config.checkpoint.init_from) / "config.json"
-    if not path.exists():
+def _check_source(config: Config) -> Release | None:
+    """Refuses to take the weights of another architecture, or of a quantised run.
+
+    Returns:
+      What `init_from` is, if it is a released checkpoint.
+    """
+    flag = f"config.checkpoint.init_from={config.checkpoint.init_from}"
+    path = epath.Path(config.checkpoint.init_from).expanduser()
+    if not (path / "config.json").exists():
         raise ValueError(
-            f"config.checkpoint.init_from={config.checkpoint.init_from}: should be the folder of"
-            " a run, with its config.json and checkpoints."
+            f"{flag}: should be the folder of a run, with its config.json and checkpoints, or of a"
+            " released checkpoint, on a local disk."
         )
-    source, model = (dataclasses.asdict(c.model) for c in (from_json(path), config))
-    if changed := difference(source, model):
+    release = _release(path) if is_release(path) else None
+    there = release.config if release else from_json(path / "config.json")
+    if changed := difference(*(dataclasses.asdict(c.model) for c in (there, config))):
+        raise ValueError(f"{flag} holds another model than config.model:\n{changed}")
+    if kind := "" if release else is_quantized(path):
         raise ValueError(
-            f"config.checkpoint.init_from={config.checkpoint.init_from} holds another model than"
-            f" config.model:\n{changed}"
+            f"{flag} is quantised, as {kind}, and cannot be trained. Name the run in full precision"
+            " that it was made from."
         )
+    return release
+
+
+def _release(path: epath.Path) -> Release:
+    try:
+        return read_config(path)
+    except AmbiguousError as error:
+        raise ValueError(
+            f"{error} That is a flag of experiments.convert_checkpoint: give the run's folder that"
+            " it writes."
+        ) from error
+
+
+def _first_weights(config: Config, mesh: jax.sharding.Mesh) -> Callable[[], Transformer] | None:
+    """What the loop cannot read by itself: a release's weights, straight onto the mesh."""
+    if release := _check_source(config):
+        return functools.partial(read_model, release, config.model, mesh, np.float32)
+    return None
+
+
+def _keep_tokenizer(source: epath.PathLike, copy: epath.Path) -> None:
+    """Puts the tokenizer into the run's folder, which is then all that generating needs."""
+    content = epath.Path(source).expanduser().read_bytes()
+    if copy.exists() and copy.read_bytes() == content:
+        return
+    partial = copy.parent / f"{copy.name}.partial"
+    partial.write_bytes(content)
+    partial.replace(copy)
 
 
 def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
@@ -94,12 +137,15 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
       NonFiniteError, CheckpointError: see `loop.train`.
     """
     mesh = checked_mesh(config)
+    if not config.data.tokenizer and config.checkpoint.init_from:
+        own = epath.Path(config.checkpoint.init_from).expanduser() / "tokenizer.model"
+        config.data.tokenizer = str(own) if own.exists() else ""
     if not config.data.tokenizer:
         raise ValueError(
             "config.data.tokenizer is empty: give a SentencePiece model, or train one with"
             " `python -m experiments.train_tokenizer`."
         )
-    tokenizer = Tokenizer(config.data.tokenizer)
+    tokenizer = Tokenizer(epath.Path(config.data.tokenizer).expanduser())
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"{config.data.tokenizer} has {tokenizer.vocab_size:,} tokens, more than"
@@ -108,17 +154,18 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
     workdir = epath.Path(workdir).expanduser()
     workdir.mkdir(parents=True, exist_ok=True)
     resumes = any((workdir / "checkpoints").glob("*"))
-    if config.checkpoint.init_from and not resumes:
-        _check_source(config)
+    takes = config.checkpoint.init_from and not resumes
+    first_weights = _first_weights(config, mesh) if takes else None
     replace = config.checkpoint.accept_changed_data or not (resumes or config.data.shards)
     manifest = open_data(config.data, tokenizer, workdir, replace=replace)
     for reason, count in manifest.dropped.items():
         logging.warning("%s documents were dropped: %s.", f"{count:,}", reason)
-    source, copy = epath.Path(config.data.tokenizer), workdir / "tokenizer.model"
-    if jax.process_index() == 0 and source.expanduser() != copy:
-        copy.write_bytes(source.read_bytes())  # the folder is then all that generating needs
+    if jax.process_index() == 0:
+        _keep_tokenizer(config.data.tokenizer, workdir / "tokenizer.model")
     stream = Stream(manifest, "train", config.data)
     held_out = manifest.total("eval", "rows")
     eval_stream = Stream(manifest, "eval", config.data) if held_out else None
     loss = pretraining_loss(config.model, config.training)
-    return loop.train(config, workdir, mesh, loss, stream, eval_stream, tokenizer.token_bytes)
+    return loop.train(
+        *(config, workdir, mesh, loss, stream, eval_stream, tokenizer.token_bytes, first_weights)
+    )

@@ -199,7 +199,7 @@ def write_weights(
         (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
-def make_tokenizer(path: Path, vocab_size: int = 600) -> Path:
+def make_tokenizer(path: Path, vocab_size: int = 500) -> Path:
     """A small SentencePiece file with all that the chat format needs."""
     sentence = "the quick brown fox jumps over a lazy dog and 你好世界，今天天气很好。hello world! "
     texts = [f"{sentence[i:]}{sentence[:i]}{i}\n" for i in range(len(sentence))]

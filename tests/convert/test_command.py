@@ -44,7 +44,7 @@ def test_the_command_tells_in_one_line(tmp_path):
     releases.make_release(tmp_path / "r", z_loss_weight=None)
     run = command(f"--from_hf={tmp_path / 'r'}", f"--to={tmp_path / 'run'}")
     assert run.returncode == 1
-    assert run.stderr.startswith("ValueError: ") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("AmbiguousError: ") and run.stderr.count("\n") == 1
     assert "--version=1" in run.stderr and siblings(tmp_path) == ["r"]
     run = command(f"--from_hf={tmp_path / 'r'}")
     assert run.returncode == 1 and "Give --from_hf=DIR --to=DIR" in run.stdout + run.stderr

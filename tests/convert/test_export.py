@@ -30,7 +30,7 @@ def quiet(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    return releases.make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model", 500)
+    return releases.make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 def make_run(directory: Path, *, save_on=(1, 1, 1), tokenizer: Path | None = None, **model):

@@ -11,10 +11,16 @@ import pytest
 
 from baichuan_jax.config import MeshConfig, from_json
 from baichuan_jax.convert import hugging_face, layout, weights
-from baichuan_jax.convert.hugging_face import import_checkpoint, read_model
+from baichuan_jax.convert.hugging_face import (
+    check_tokenizer,
+    import_checkpoint,
+    read_model,
+    release_rows,
+)
 from baichuan_jax.convert.release import read_config
 from baichuan_jax.parallel import zero
 from baichuan_jax.parallel.mesh import make_mesh
+from baichuan_jax.tokenizer import Tokenizer
 from baichuan_jax.training.checkpoint import by_name, restore_model
 from tests.convert import releases
 from tests.model import reference
@@ -37,7 +43,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    return releases.make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model", 500)
+    return releases.make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model")
 
 
 def make(directory: Path, name: str, **changes) -> dict[str, np.ndarray]:
@@ -118,6 +124,7 @@ def test_a_run_is_made_that_everything_else_can_read(tmp_path, name, tokenizer):
     said = "\n".join(lines)
     assert str(release) in said
     run = from_json(tmp_path / "run" / "config.json")
+    config.version = version
     config.norm_head = version == 2 and FORMS[name].get("layout") != "llama"
     assert run.model == config == release.config.model
     assert run.data.sequence_length == FORMS[name].get("model_max_length", 4096)
@@ -220,6 +227,38 @@ def test_dtypes_that_differ_inside_a_stack_need_a_decision(tmp_path):
     with pytest.raises(ValueError, match=rf"{name} has dtype float32, but .* Give --dtype="):
         import_checkpoint(tmp_path / "r", tmp_path / "run", say=lambda _: None)
     import_checkpoint(tmp_path / "r", tmp_path / "run", dtype="float32", say=lambda _: None)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_first_dtype_of_a_stack_does_not_hide_what_another_loses(tmp_path, layer):
+    tensors = releases.make_release(tmp_path / "r", dtype="float16")
+    name = f"model.layers.{layer}.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(np.float32)
+    tensors[name][3, 5] = 1e5
+    releases.write_weights(tmp_path / "r", tensors)
+    release = read_config(tmp_path / "r")
+    said = rf"layers.mlp.gate_up as float16 holds inf at \[{layer}, 5, 1, 3\]"
+    with pytest.raises(ValueError, match=said):
+        import_checkpoint(tmp_path / "r", tmp_path / "run", dtype="float16", say=lambda _: None)
+    with pytest.raises(ValueError, match=said):
+        read_model(release, release.config.model, one_device(), jnp.float16)
+    with pytest.raises(ValueError, match=r"and they become one tensor, layers.mlp.gate_up. Give"):
+        release_rows(release)
+
+
+def test_rows_of_a_release(tmp_path):
+    releases.make_release(tmp_path / "r", dtype="float16", shards=2)
+    release = read_config(tmp_path / "r")
+    whole = by_name(read_model(release, release.config.model, one_device()))
+    read, read_float32 = release_rows(release), release_rows(release, "float32")
+    for name, x in whole.items():
+        for start, stop in [(0, len(x)), (1, 2), (len(x) - 1, len(x) + 3)]:
+            rows = read(name, start, stop)
+            assert rows.dtype == x.dtype == np.float16, name
+            np.testing.assert_array_equal(rows, np.asarray(x)[start:stop], err_msg=name)
+    rows = read_float32("layers.mlp.down", 2, 3)
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, np.asarray(whole["layers.mlp.down"])[2:])
 
 
 def siblings(directory: Path) -> list[str]:
@@ -333,6 +372,8 @@ def test_tokenizers_must_belong_to_the_embedding(tmp_path, tokenizer, rows, fits
     said = rf"tokenizer.model has 500 tokens, but model.embed_tokens.weight of .* {rows} rows"
     with pytest.raises(ValueError, match=said):
         import_checkpoint(tmp_path / "r", tmp_path / "run", say=lines.append)
+    with pytest.raises(ValueError, match=said):
+        check_tokenizer(Tokenizer(tokenizer), model, tmp_path / "r")
     assert siblings(tmp_path) == ["r"]
 
 

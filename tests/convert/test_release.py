@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from baichuan_jax.convert.release import is_release, read_config
+from baichuan_jax.convert.safetensors_file import open_safetensors
 from baichuan_jax.convert.torch_file import open_torch_file
 from configs import baichuan1_7b, baichuan1_13b, baichuan2_7b, baichuan2_13b
 from tests.convert import releases
@@ -258,6 +259,38 @@ def test_tensors_that_do_not_fit_are_named_with_their_file(tmp_path, kind, files
         assert name in str(error.value) and str(tmp_path / "r") in str(error.value)
     elif kind != "both layouts":
         assert f"{file}: {name}" in str(error.value)
+
+
+GOOD = {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
+BAD_HEADERS = {
+    "too deep": b"[" * 100_000,
+    "no text": b"\xff\xfe",
+    "no object": b"[]",
+    "infinite offset": GOOD | {"data_offsets": [0, float("inf")]},
+    "three offsets": GOOD | {"data_offsets": [0, 2, 4]},
+    "offset as text": GOOD | {"data_offsets": "04"},
+    "fractional offset": GOOD | {"data_offsets": [0.5, 4.5]},
+    "negative offset": GOOD | {"data_offsets": [-4, 0]},
+    "dtype as a list": GOOD | {"dtype": ["F16"]},
+    "shape as a number": GOOD | {"shape": 2},
+    "negative shape": GOOD | {"shape": [-1, -2]},
+    "no dtype": {"shape": [2], "data_offsets": [0, 4]},
+    "a number": 3,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_HEADERS)
+def test_damaged_headers_are_told_with_file_and_tensor(tmp_path, kind):
+    header, path = BAD_HEADERS[kind], tmp_path / "model.safetensors"
+    said = "its header is damaged"
+    if not isinstance(header, bytes):
+        header, said = json.dumps({"w": header}).encode(), "w has a damaged description"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=rf"{path}: {said}"):
+        open_safetensors(path)
+    good = json.dumps({"w": GOOD}).encode()
+    path.write_bytes(len(good).to_bytes(8, "little") + good + bytes(4))
+    assert open_safetensors(path)["w"].read().tolist() == [0, 0]
 
 
 def test_integers_are_refused(tmp_path):

@@ -277,6 +277,9 @@ def test_cancelled_requests_leave_their_slots():
         ({"max_new_tokens": 1_200}, "max_length=1200"),
         ({"top_logprobs": 21}, "top_logprobs=21"),
         ({"score_from": -2}, "score_from=-2"),
+        ({"score_from": 1.0}, "score_from=1.0"),
+        ({"max_new_tokens": 3.5}, "max_new_tokens=3.5"),
+        ({"max_new_tokens": True}, "max_new_tokens=True"),
         ({"stop": ("x",)}, "tokenizer"),
         ({"sampling": Sampling(temperature=-1)}, "temperature=-1"),
         ({"sampling": Sampling(temperature=float("nan"))}, "temperature=nan"),
@@ -294,6 +297,43 @@ def test_bad_requests_are_refused_by_name(request_fields, message):
     with pytest.raises(ValueError, match=message):
         unit.submit(Request(**{"prompt": [5], "max_new_tokens": 3} | request_fields))
     assert not unit.busy
+
+
+def test_nothing_runs_on_after_an_error():
+    unit = engine(slots=2)
+    requests = [Request(p, 300) for p in prompts(5, 6, 7)]
+    with pytest.raises(ValueError, match="max_new_tokens=-1"):
+        unit.generate([*requests, Request([5], -1)])
+    assert not unit.busy
+    steps = unit.step
+    unit.step = lambda: steps() if unit.waiting == 3 else 1 / 0  # as Ctrl-C would
+    with pytest.raises(ZeroDivisionError):
+        unit.generate(requests)
+    assert not unit.busy
+
+
+def test_ids_without_a_piece_are_neither_drawn_nor_told():
+    unit = engine()
+    unit.vocab_size = 40  # as a smaller tokenizer makes it
+    requests = [Request([5, 6, 7], 20, s, score_from=0, top_logprobs=20) for s in SAMPLINGS]
+    for output in unit.generate(requests):
+        assert max(output.tokens) < 40
+        told = [pair for top in output.prompt_top + output.top for pair in top]
+        assert max(token for token, _ in told) < 40
+        table = logprobs("rope", [5, 6, 7])
+        for token, value in output.prompt_top[0]:  # of the whole vocabulary all the same
+            np.testing.assert_allclose(value, table[0, token], atol=1e-5)
+
+
+def test_the_longest_cache_is_tried():
+    unit = engine()
+    want = unit.generate([Request(prompts(9)[0], 6)])
+    lengths = []
+    resize = unit._set_length
+    unit._set_length = lambda length: (lengths.append(length), resize(length))
+    unit.try_longest()
+    assert lengths == [1_200, 128]
+    assert_same(unit.generate([Request(prompts(9)[0], 6)]), want)
 
 
 def test_bad_engines_are_refused_by_name():

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,9 +12,12 @@ import pytest
 from jax import P
 
 from baichuan_jax.config import BATCH_AXES, Config, MeshConfig, ModelConfig
+from baichuan_jax.convert import folder as folder_module
 from baichuan_jax.inference import quantize as quantize_module
+from baichuan_jax.inference import weights
 from baichuan_jax.inference.quantize import (
     abstract,
+    check_save,
     is_quantized,
     memory,
     quantize,
@@ -23,6 +27,7 @@ from baichuan_jax.inference.quantize import (
 from baichuan_jax.model.quantized import KINDS, Quantized
 from baichuan_jax.model.transformer import Transformer, norm_head
 from baichuan_jax.parallel.mesh import make_mesh
+from baichuan_jax.training import manifest
 from baichuan_jax.training.checkpoint import CheckpointError, Checkpoints, by_name
 
 CONFIG = ModelConfig(
@@ -185,6 +190,7 @@ def test_round_trip(tmp_path, kind, stacked):
     model = quantize(model, kind)
     raw = np.asarray(model.head[...], np.float32)
     path = folder(tmp_path, model, step=7, tokens=1_000)
+    assert manifest.read(path / "checkpoints" / "00000007")[0] == 1_000
     assert model.norm_head and np.array_equal(model.head[...], raw)  # the caller's is as it was
     assert is_quantized(path) == is_quantized(path, 7) == kind and is_quantized(path, 8) == ""
     assert (path / "tokenizer.model").read_bytes() == b"pieces"
@@ -241,6 +247,49 @@ def test_what_is_not_quantised(tmp_path):
         folder(tmp_path, make_model())
 
 
+def test_a_saved_model_is_that_which_is_quantised_on_the_fly(tmp_path):
+    trained = by_name(make_model(dtype=jnp.float32))
+
+    def serve(kind):
+        def read(name, start, stop):
+            return trained[name][start:stop]
+
+        return weights.serve(CONFIG, read, jnp.bfloat16, kind)
+
+    served = by_name(serve("nf4"))
+    path = folder(tmp_path, serve("nf4"))
+    for back in (restore_quantized(path), restore_quantized(path, dtype=jnp.bfloat16)):
+        found = by_name(back)
+        assert found.keys() == served.keys()
+        assert found["layers.1.mlp_norm.gain"].dtype == found["norm.gain"].dtype == jnp.float32
+        for name, x in found.items():
+            assert x.dtype == served[name].dtype, name
+            assert np.asarray(x).tobytes() == np.asarray(served[name]).tobytes(), name
+
+
+def test_targets_are_refused_before_quantising(tmp_path, monkeypatch):
+    config = Config(model=CONFIG)
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+
+    def refused(error, match, to=tmp_path / "to", source=tmp_path):
+        with pytest.raises(error, match=match):
+            check_save(config, "nf4", to, source=source)
+
+    check_save(config, "nf4", tmp_path / "to", source=tmp_path)
+    assert not (tmp_path / "to").exists()
+    refused(ValueError, "no tokenizer to save", source=None)
+    refused(ValueError, "gs://bucket/run: should be on a local disk", to="gs://bucket/run")
+    refused(FileExistsError, "is there already", to=tmp_path)
+    refused(OSError, r"tokenizer.model", to=tmp_path / "tokenizer.model" / "to")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module.os, "access", lambda *_: False)
+        refused(PermissionError, r"cannot be written to, and \S+/to is to be made")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    needed = f"{memory(quantize(make_model(), 'nf4'))['total']:,}"
+    refused(OSError, f"needs about {needed} bytes, and the disk has 1,000 free")
+
+
 def test_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
     model = quantize(make_model(), "int8")
     with pytest.raises(ValueError, match="no tokenizer to save"):
@@ -259,8 +308,9 @@ def test_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError):
             folder(tmp_path, model)
         assert not any((tmp_path / "to").iterdir())
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "to"]
     path = folder(tmp_path, model)
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(FileExistsError, match="to is there already"):
         folder(tmp_path, model)
     assert is_quantized(path) == "int8"
 

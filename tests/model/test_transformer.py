@@ -155,7 +155,10 @@ def test_norm_head_is_scale_free_and_leaves_the_weight_alone():
     np.testing.assert_allclose(model.logits(hidden), plain, rtol=1e-5, atol=1e-5)
     lengths = np.linalg.norm(norm_head(model.head[...]), axis=1)
     np.testing.assert_allclose(lengths, 1.0, rtol=1e-6)
-    assert np.all(np.isfinite(norm_head(jnp.zeros((2, 3)))))
+    head = jnp.zeros((2, 3)).at[0].set(2.0)
+    gradient = jax.grad(lambda head: jnp.sum(norm_head(head) * jnp.arange(3.0)))(head)
+    assert np.all(np.isfinite(norm_head(head))) and np.all(np.isfinite(gradient))
+    assert np.any(gradient[0]) and not np.any(gradient[1] > 1e30)
 
 
 def test_baichuan_1_has_no_norm_head():

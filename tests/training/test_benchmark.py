@@ -1,8 +1,12 @@
 """The benchmark: its arithmetic, and one small run of each side."""
 
+import sys
+import types
+
 import jax
 import pytest
 
+from baichuan_jax import interleave
 from baichuan_jax.training import benchmark
 
 TINY = benchmark.Shape(32, 48, 2, 2, 128, 2, 16)
@@ -34,6 +38,23 @@ def test_our_side_runs():
 def test_a_worker_that_fails_is_reported():
     with pytest.raises(RuntimeError, match="worker ended"):
         benchmark.compare(benchmark.Shape(32, 48, 2, 2, 128, 2, 16, "float99"), 1, ["ours"])
+
+
+def test_when_a_worker_dies_the_others_are_closed(monkeypatch):
+    workers = []
+
+    class Watched(interleave.Worker):
+        def __init__(self, make, settings):
+            super().__init__(make, settings)
+            workers.append(self._process)
+            if make is sys.exit:
+                self._process.wait()  # so that what it is asked finds a broken pipe
+
+    monkeypatch.setattr(interleave, "Worker", Watched)
+    alive = (types.SimpleNamespace, {"seconds": 3})
+    with pytest.raises(RuntimeError, match="The benchmark's worker ended"):
+        interleave.run({"a": alive, "dead": (sys.exit, {}), "b": alive}, ["seconds"], [], 1)
+    assert len(workers) == 3 and all(process.poll() is not None for process in workers)
 
 
 @pytest.mark.oracle

@@ -5,15 +5,24 @@ import dataclasses
 import gzip
 
 import jax
+import numpy as np
 import pytest
 from absl import logging
 
 from baichuan_jax import tokenizer
-from baichuan_jax.config import to_json
+from baichuan_jax.config import MeshConfig, to_json
+from baichuan_jax.convert import layout
 from baichuan_jax.data import packing
 from baichuan_jax.data.dialogue import dialogue
+from baichuan_jax.inference.quantize import quantize, save_quantized
+from baichuan_jax.parallel import zero
+from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
+from baichuan_jax.training import loop
+from baichuan_jax.training import step as step_module
+from baichuan_jax.training.checkpoint import by_name
 from baichuan_jax.training.pretrain import open_data, pretrain
+from tests.convert import releases
 
 
 def refused(config, tmp_path, message):
@@ -116,6 +125,77 @@ def test_weights_of_another_architecture_are_refused_before_packing(config, tmp_
     changed = r"another model than config.model:\nvocab_size: 1000 -> 2000\nrope_base: 10000.0 -> "
     refused(config, tmp_path, changed)
     assert not (tmp_path / "run" / "shards").exists()
+
+
+def test_a_quantised_run_is_refused_before_packing(config, tmp_path):
+    model = step_module.create_model(config.model, 0, make_mesh(MeshConfig(), jax.devices()[:1]))
+    save_quantized(quantize(model, "int8"), config, tmp_path / "small")
+    config.checkpoint.init_from = str(tmp_path / "small")
+    refused(config, tmp_path, r"init_from=\S+ is quantised, as int8.*the run in full precision")
+    assert not (tmp_path / "run" / "shards").exists()
+
+
+def test_a_release_is_read_straight_onto_the_mesh(config, tmp_path, monkeypatch):
+    tensors = releases.make_release(tmp_path / "release", model=config.model)
+    config.checkpoint.init_from = str(tmp_path / "release")
+    config.mesh = MeshConfig(2, 2, 2)
+    config.training.num_steps, config.optimizer.warmup_steps = 3, 1
+    first, create = [], step_module.create_state
+
+    def look(model, tx, mesh):
+        first.append(jax.tree.map(np.asarray, model))  # the step donates the arrays
+        stored = by_name(zero.shardings(model, mesh))
+        for name, x in by_name(model).items():
+            assert x.sharding == stored[name] and x.dtype == np.float32, name
+        return create(model, tx, mesh)
+
+    monkeypatch.setattr(loop.step_module, "create_state", look)
+    state = pretrain(config, tmp_path / "run")
+    assert int(state.step) == 3 and len(first) == 1
+    found = by_name(first[0])
+    head = tensors["lm_head.weight"].astype(np.float32)
+    np.testing.assert_array_equal(found["head"][: config.model.vocab_size], head)
+    for name, x in found.items():
+        if name.startswith("layers."):
+            theirs = layout.their_names(name, config.model, "baichuan")
+            for layer, parts in zip(x, theirs, strict=True):
+                expected = [tensors[part].astype(np.float32) for part in parts]
+                back = layout.to_theirs(name, layer, config.model, "baichuan")
+                for a, b in zip(back, expected, strict=True):
+                    np.testing.assert_array_equal(a, b, err_msg=name)
+    given = []
+    monkeypatch.setattr(loop, "train", lambda *arguments: given.append(arguments[-1]))
+    pretrain(config, tmp_path / "run")
+    assert given == [None]  # it goes on with its own
+
+
+def test_releases_that_do_not_fit_are_refused_before_packing(config, tmp_path):
+    config.checkpoint.init_from = str(tmp_path / "release")
+    releases.make_release(tmp_path / "release", model=config.model, rms_norm_eps=1e-5)
+    refused(config, tmp_path, r"another model than config.model:\nnorm_epsilon: 1e-05 -> 1e-06")
+    fields = {"max_position_embeddings": None, "model_max_length": None}
+    releases.make_release(tmp_path / "unclear", model=config.model, **fields)
+    config.checkpoint.init_from = str(tmp_path / "unclear")
+    refused(config, tmp_path, r"not clear .*--position=rope.*a flag of experiments.convert_check")
+    assert not (tmp_path / "run" / "shards").exists()
+
+
+def test_the_tokenizer_is_kept_in_one_move(config, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *_: None)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    content = (corpus / "tokenizer.model").read_bytes()
+    (tmp_path / "home" / "t.model").write_bytes(content)
+    config.data.tokenizer = "~/t.model"
+    pretrain(config, tmp_path / "run")
+    copy = tmp_path / "run" / "tokenizer.model"
+    assert copy.read_bytes() == content
+    assert not copy.with_name("tokenizer.model.partial").exists()
+    before = copy.stat()
+    config.data.tokenizer = str(copy)
+    pretrain(config, tmp_path / "run")  # the same bytes: nothing is written
+    after = copy.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_rows_in_a_bucket_are_refused(config):
