@@ -1,0 +1,90 @@
+"""The same results on any number of workers, and work that is done is not done again."""
+
+import functools
+import os
+
+import numpy as np
+import pytest
+
+from baichuan_jax.data.prepare import engine
+
+
+def numbers(limit, item):
+    values = np.arange(item, limit, 7, dtype=np.uint64)
+    for remainder in range(3):
+        yield (remainder,), values[values % 3 == remainder]
+
+
+def sums(key, blocks):
+    assert all((block % 3 == key[0]).all() for block in blocks)
+    yield (key[0] % 2, key[0]), np.array([block.sum() for block in blocks])
+
+
+def last(key, blocks):
+    yield (0,), np.concatenate([np.array(key, np.uint64), *blocks])
+
+
+def expected(limit):
+    results = []
+    for parity, remainder in [(0, 0), (0, 2), (1, 1)]:
+        counts = [sum(v for v in range(item, limit, 7) if v % 3 == remainder) for item in range(5)]
+        results.append(((0,), [parity, remainder, *counts]))
+    return results
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_chain_gets_all_blocks_in_the_order_of_their_origin(tmp_path, workers):
+    local = engine.Local(tmp_path, workers)
+    results = local.run("chain", range(5), functools.partial(numbers, 1000), sums, last)
+    assert [(key, block.tolist()) for key, block in results] == expected(1000)
+    assert not list(tmp_path.glob("chain/*"))
+
+
+def interrupted(folder, item):
+    (folder / f"ran-{item}-{len(list(folder.glob(f'ran-{item}-*')))}").touch()
+    if item == 2 and not (folder / "mended").exists():
+        raise OSError("the disk is full")
+    yield (0,), np.array([item])
+
+
+def test_goes_on_where_it_was_interrupted(tmp_path):
+    first = functools.partial(interrupted, tmp_path)
+    with pytest.raises(OSError, match="the disk is full"):
+        engine.Local(tmp_path / "work").run("x", range(4), first)
+    (tmp_path / "mended").touch()
+    seen = []
+    local = engine.Local(tmp_path / "work", progress=lambda *told: seen.append(told))
+    results = local.run("x", range(4), first)
+    assert [block.tolist() for _, block in results] == [[0], [1], [2], [3]]
+    assert sorted(p.name for p in tmp_path.glob("ran-*")) == [
+        *("ran-0-0", "ran-1-0", "ran-2-0", "ran-2-1", "ran-3-0"),
+    ]
+    assert seen == [("x 0", 2, 4), ("x 0", 3, 4), ("x 0", 4, 4)]
+
+
+def killer(item):
+    os._exit(1)
+    yield
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path):
+    with pytest.raises(Exception, match="terminated abruptly"):
+        engine.Local(tmp_path, 2).run("x", range(2), killer)
+
+
+def objects(item):
+    yield (0,), np.array([{}])
+
+
+def test_objects_do_not_travel(tmp_path):
+    with pytest.raises(ValueError, match="allow_pickle"):
+        engine.Local(tmp_path).run("x", [0], objects)
+
+
+def test_cut_and_json():
+    block = np.arange(3 * engine.BLOCK_BYTES // 8).reshape(-1, 4)
+    pieces = list(engine.cut(block))
+    assert len(pieces) == 3 and all(p.nbytes <= engine.BLOCK_BYTES for p in pieces)
+    assert np.array_equal(np.concatenate(pieces), block)
+    assert [len(piece) for piece in engine.cut(block[:0])] == [0]
+    assert engine.of_json(engine.as_json({"zh": [1, "二"]})) == {"zh": [1, "二"]}
