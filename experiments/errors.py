@@ -28,11 +28,11 @@ def in_one_line() -> Iterator[None]:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], config: type = Config) -> list[str]:
     """As absl does, but a field that the config lacks is refused with those that it has."""
     for argument in argv[1:]:
         if flag := re.match(r"--?config\.([^=]+)", argument):
-            holder, path = Config(), flag[1].split(".")
+            holder, path = config(), flag[1].split(".")
             for name in path:
                 fields = dataclasses.fields(holder) if dataclasses.is_dataclass(holder) else []
                 known = [field.name for field in fields]

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from baichuan_jax.config import DataConfig
-from baichuan_jax.data import shards, sources
+from baichuan_jax.data import readers, shards, sources
 from baichuan_jax.data.shards import SPLITS, Manifest, Part, Tokenizer
 
 WINDOW_TOKENS = 1 << 23  # packed together; 32 MiB for each set and split
@@ -134,6 +134,21 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return sorted(map(sorted, rows))
 
 
+def set_name(source: str, language: str) -> str:
+    """The set that a document belongs to."""
+    return source if language == readers.UNKNOWN_LANGUAGE else f"{source}.{language}"
+
+
+def text_hash(text: str) -> int:
+    """64 bits that decide whether a document is held out: see `held_out`."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def held_out(hashes: int | np.ndarray, eval_fraction: float) -> bool | np.ndarray:
+    """Whether documents with these hashes of their texts, of 64 bits, are for 'eval'."""
+    return hashes / 2.0**64 < eval_fraction
+
+
 def _inputs(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     train, held_out = sources.split(config.sources), sources.split(config.eval_sources)
     return {
@@ -179,8 +194,7 @@ def _resume(directory: epath.Path, inputs: dict[str, Any], replace: bool) -> Man
 
 
 def _split(document: sources.Document, config: DataConfig) -> str:
-    share = int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest()) / 2**64
-    return "eval" if share < config.eval_fraction else "train"
+    return "eval" if held_out(text_hash(document.text), config.eval_fraction) else "train"
 
 
 def _pack_source(
@@ -190,19 +204,18 @@ def _pack_source(
     progress: Callable[[int, int, int], None],
 ) -> None:
     dropped = collections.Counter(manifest.dropped)
-    writers: dict[tuple[str, str], _Writer] = {}
+    writers: dict[tuple[str, str], RowWriter] = {}
     for batch in _batches(documents):
         batch_ids = tokenizer.encode_batch([document.text for _, document in batch])
         for (split, document), ids in zip(batch, batch_ids, strict=True):
             if not document.text.strip():
                 dropped["white space only" if document.text else "empty"] += 1
                 continue
-            unknown = document.language == sources.UNKNOWN_LANGUAGE
-            name = document.source if unknown else f"{document.source}.{document.language}"
+            name = set_name(document.source, document.language)
             if (name, split) not in writers:
                 part = manifest.sets.setdefault(name, {s: Part() for s in SPLITS})[split]
                 folder = manifest.directory / name
-                writers[name, split] = _Writer(part, folder, split, manifest.sequence_length)
+                writers[name, split] = RowWriter(part, folder, split, manifest.sequence_length)
             writers[name, split].add([*ids, tokenizer.eos_id], len(document.text.encode()))
         progress(
             *(
@@ -229,8 +242,13 @@ def _batches(
         yield batch
 
 
-class _Writer:
-    """Documents of one set's split -> files of packed rows, counted in its `Part`."""
+class RowWriter:
+    """Documents of one set's split -> files of packed rows, counted in its `Part`.
+
+    Args:
+      part: counts what is written; its files' numbers go on from those it has.
+      folder: for the files, `rows-SPLIT.array_record-NNNNN`.
+    """
 
     def __init__(self, part: Part, folder: epath.Path, split: str, sequence_length: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +258,8 @@ class _Writer:
         self._window_tokens = 0
         self._file: shards.FileWriter | None = None
 
-    def add(self, ids: list[int], utf8_bytes: int) -> None:
+    def add(self, ids: Sequence[int] | np.ndarray, utf8_bytes: int) -> None:
+        """Adds the tokens of a document, its EOS included."""
         tokens = np.array(ids, np.int32)
         for start in range(0, len(tokens) - 1, self._step):
             piece = tokens[start : start + self._capacity]
@@ -250,9 +269,10 @@ class _Writer:
         self._part.utf8_bytes += utf8_bytes
         self._part.tokens += len(tokens)
         if self._window_tokens >= WINDOW_TOKENS:
-            self._pack_window()
+            self.flush()
 
-    def _pack_window(self) -> None:
+    def flush(self) -> None:
+        """Packs what waits; documents added before and after do not share a row."""
         part = self._part
         for row in best_fit([len(piece) for piece in self._window], self._capacity):
             pieces = [self._window[index] for index in row]
@@ -263,9 +283,7 @@ class _Writer:
             if self._file.write(shards.encode_row(pieces)) >= FILE_BYTES:
                 self._close_file()
         part.pieces += len(self._window)
-        # Each cut stores the token on both of its sides.
-        filled = part.tokens + part.pieces - part.documents
-        part.padding = 1 - filled / (part.rows * self._capacity)
+        part.padding = part.empty_share(self._capacity)
         self._window, self._window_tokens = [], 0
 
     def _close_file(self) -> None:
@@ -273,7 +291,7 @@ class _Writer:
         self._file = None
 
     def close(self) -> None:
-        if self._window:
-            self._pack_window()
+        """Packs the rest and closes the last file."""
+        self.flush()
         if self._file:
             self._close_file()

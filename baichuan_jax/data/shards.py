@@ -67,6 +67,12 @@ class Part:
     padding: float = 0.0
     files: list[File] = dataclasses.field(default_factory=list)
 
+    def empty_share(self, capacity: int) -> float:
+        """What `padding` is for rows of so many places."""
+        # Each cut of a document stores the token on both of its sides.
+        filled = self.tokens + self.pieces - self.documents
+        return 1 - filled / (self.rows * capacity) if self.rows else 0.0
+
 
 @dataclasses.dataclass
 class Manifest:
@@ -77,6 +83,8 @@ class Manifest:
     sets: dict[str, dict[str, Part]] = dataclasses.field(default_factory=dict)
     dropped: dict[str, int] = dataclasses.field(default_factory=dict)  # documents, by reason
     finished: list[str] = dataclasses.field(default_factory=list)  # sources, as they are packed
+    # Of the sets, in tokens, for `Stream`; a set that is not here weighs what it has.
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def sequence_length(self) -> int:

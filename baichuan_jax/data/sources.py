@@ -15,52 +15,24 @@ Without a NAME the file or folder gives it. Documents come in a fixed order: the
 sources as they are listed, the files of each by their path.
 
 Nothing is skipped in silence: what cannot be read is a `ValueError` that names the
-file and its row, counted from 1. Files in a folder with other endings are no text by
-this list; their number is logged.
+file and its row, counted from 1. Who wants to go on after a bad row reads origin by
+origin (readers.py). Files in a folder with other endings are no text by this list;
+their number is logged.
 """
 
-import codecs
 import collections
-import dataclasses
-import functools
-import gzip
 import hashlib
 import itertools
 import json
+import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-import pyarrow
-import pyarrow.parquet
-import tensorflow_datasets as tfds
-import zstandard
 from absl import logging
 from etils import epath
 
-UNKNOWN_LANGUAGE = "und"  # ISO 639's "undetermined"
-ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-PROSE_ENDINGS = (".txt", ".md", ".rst", ".tex", ".html")
-CODE_ENDINGS = (".py", ".c", ".cc", ".cpp", ".h", ".java", ".js", ".ts", ".go", ".rs", ".sh")
-ENDINGS = ROW_ENDINGS + PROSE_ENDINGS + CODE_ENDINGS
-_BLOCK = 1 << 20  # bytes read at a time
-_NAME = re.compile(r"[\w-]+")
-_EMBEDDED = re.compile(r"embedded:(?P<bytes>[1-9]\d*)?")
-_TFDS = re.compile(r"tfds:(?P<name>[\w/.-]+(:\d+\.\d+\.\d+)?)(:(?P<split>.+))?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text, where it is from, and its language (`und` when nobody says)."""
-
-    text: str
-    source: str
-    language: str
-
-
-Row = tuple[str, Any]  # where it stands, for messages; what was found there
-Reader = Callable[[], Iterator[Row]]
+from baichuan_jax.data import readers
+from baichuan_jax.data.readers import EMBEDDED, ENDINGS, NAME, TFDS, Document, Options, Origin
 
 
 def split(sources: str | Iterable[str]) -> list[str]:
@@ -87,19 +59,40 @@ def documents(
     Raises:
       ValueError: names the source, the file and the row at fault.
     """
+    options = Options(text_field, language_field, tfds_data_dir)
     for source in split(sources):
-        if match := _EMBEDDED.fullmatch(source):
-            from baichuan_jax.data import embedded  # it imports this file, for Document
-
-            yield from embedded.corpus(int(match["bytes"] or embedded.DEFAULT_BYTES))
-            continue
-        name, readers = _open(source, text_field, language_field, tfds_data_dir)
         empty = True
-        for row in itertools.chain.from_iterable(reader() for reader in readers):
-            empty = False
-            yield _document(name, *row, text_field, language_field)
+        for origin in origins(source):
+            for _, document in readers.read(origin, options):
+                empty = False
+                yield document
         if empty:
             raise ValueError(f"{source}: holds no document at all.")
+
+
+def origins(sources: str | Iterable[str]) -> list[Origin]:
+    """What the sources consist of, in the order in which `documents` reads it.
+
+    Raises:
+      ValueError: a source is malformed, or has no file.
+    """
+    found = []
+    for source in split(sources):
+        if EMBEDDED.fullmatch(source):
+            found.append(Origin("", source))
+            continue
+        name, path = _name_and_path(source)
+        if path.startswith("embedded:"):
+            raise ValueError(
+                f"{source}: should be 'embedded:' or 'embedded:BYTES', without a name."
+            )
+        if path.startswith("tfds:") and not TFDS.fullmatch(path):
+            raise ValueError(f"{path}: should be tfds:DATASET[:SPLIT].")
+        if path.startswith("tfds:"):
+            found.append(Origin(name, path))
+        else:
+            found += [Origin(name, os.fspath(file)) for file in _files(path)]
+    return found
 
 
 def check(
@@ -120,13 +113,11 @@ def check(
     sources = split(sources)
     if not sources:
         raise ValueError("No source of text is given: set config.data.sources.")
-    for source in sources:
-        if _EMBEDDED.fullmatch(source):
-            continue
-        name, readers = _open(source, text_field, language_field, tfds_data_dir, head=True)
-        for reader in readers:
-            for row in itertools.islice(reader(), 1):
-                _document(name, *row, text_field, language_field)
+    options = Options(text_field, language_field, tfds_data_dir, head=True)
+    for origin in origins(sources):
+        if not EMBEDDED.fullmatch(origin.path):
+            for _ in itertools.islice(readers.read(origin, options), 1):
+                pass
 
 
 def stamp(sources: str | Iterable[str], tfds_data_dir: str = "") -> str:
@@ -137,14 +128,14 @@ def stamp(sources: str | Iterable[str], tfds_data_dir: str = "") -> str:
     """
     seen = []
     for source in split(sources):
-        if _EMBEDDED.fullmatch(source):
+        if EMBEDDED.fullmatch(source):
             from baichuan_jax.data import embedded
 
             seen.append((source, embedded.stamp()))
             continue
         _, path = _name_and_path(source)
-        if match := _TFDS.fullmatch(path):
-            files = sorted(_tfds_builder(match["name"], tfds_data_dir).data_path.iterdir())
+        if match := TFDS.fullmatch(path):
+            files = sorted(readers.tfds_builder(match["name"], tfds_data_dir).data_path.iterdir())
         else:
             files = _files(path)
         stats = [(file, file.stat()) for file in files]
@@ -159,13 +150,13 @@ def expected_bytes(sources: str | Iterable[str]) -> int | None:
     """
     total = 0
     for source in split(sources):
-        if match := _EMBEDDED.fullmatch(source):
+        if match := EMBEDDED.fullmatch(source):
             from baichuan_jax.data import embedded
 
             total += int(match["bytes"] or embedded.DEFAULT_BYTES)
             continue
         _, path = _name_and_path(source)
-        if _TFDS.fullmatch(path):
+        if TFDS.fullmatch(path):
             return None
         files = _files(path)
         if any(file.name.endswith((".gz", ".zst", ".parquet")) for file in files):
@@ -178,30 +169,17 @@ def _name_and_path(source: str) -> tuple[str, str]:
     """`NAME=PATH` or `PATH`; a '/' before the '=' belongs to a path."""
     name, equals, path = source.partition("=")
     if equals and not re.search(r"[/:.]", name):
-        if not _NAME.fullmatch(name) or not path:
+        if not NAME.fullmatch(name) or not path:
             raise ValueError(
                 f"{source}: NAME=PATH needs a name of letters, digits, '_' or '-', and a path."
             )
         return name, path
-    if match := _TFDS.fullmatch(source):
+    if match := TFDS.fullmatch(source):
         stem = match["name"].partition(":")[0]
     else:
         parts = itertools.takewhile(lambda part: not _is_glob(part), epath.Path(source).parts)
         stem = epath.Path(*parts).name.partition(".")[0]
     return re.sub(r"[^\w-]", "_", stem) or "text", source
-
-
-def _open(
-    source: str, text_field: str, language_field: str, tfds_data_dir: str, head: bool = False
-) -> tuple[str, Iterator[Reader]]:
-    """The source's name and one reader for each of its files."""
-    name, path = _name_and_path(source)
-    if path.startswith("embedded:"):
-        raise ValueError(f"{source}: should be 'embedded:' or 'embedded:BYTES', without a name.")
-    if path.startswith("tfds:"):
-        return name, iter([functools.partial(_tfds_rows, path, tfds_data_dir)])
-    columns = (text_field, language_field)
-    return name, (functools.partial(_file_rows, file, columns, head) for file in _files(path))
 
 
 def _is_glob(part: str) -> bool:
@@ -237,134 +215,3 @@ def _files(path: str) -> list[epath.Path]:
         if not file.name.endswith(ENDINGS):
             raise ValueError(f"{file}: its ending is none of {' '.join(ENDINGS)}.")
     return files
-
-
-def _file_rows(file: epath.Path, columns: tuple[str, str], head: bool) -> Iterator[Row]:
-    if file.name.endswith(".parquet"):
-        yield from _parquet_rows(file, columns)
-    elif file.name.endswith(ROW_ENDINGS):
-        for number, line in enumerate(_lines(file), start=1):
-            if line.strip():  # a blank line is no row
-                where = f"{file}, row {number}"
-                try:
-                    yield where, json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise ValueError(_bad_utf8(where, error)) from None
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where}: not valid JSON: {error}.") from None
-    else:
-        with file.open("rb") as stream:
-            content = stream.read(_BLOCK if head else -1)
-        try:
-            # The end of a head may cut a character: an incremental decoder waits for the rest.
-            text = codecs.getincrementaldecoder("utf-8")().decode(content, final=not head)
-        except UnicodeDecodeError as error:
-            raise ValueError(_bad_utf8(str(file), error)) from None
-        yield str(file), {columns[0]: text}
-
-
-def _bad_utf8(where: str, error: UnicodeDecodeError) -> str:
-    return f"{where}: byte {error.start + 1} of it is not UTF-8 ({error.reason})."
-
-
-def _lines(file: epath.Path) -> Iterator[bytes]:
-    rest = b""
-    try:
-        for block in _blocks(file):
-            *lines, rest = (rest + block).split(b"\n")
-            yield from lines
-    except (gzip.BadGzipFile, zlib.error, EOFError, zstandard.ZstdError) as error:
-        raise ValueError(f"{file}: damaged or cut off ({error}).") from None
-    yield rest
-
-
-def _blocks(file: epath.Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        if file.name.endswith(".gz"):
-            stream = gzip.GzipFile(fileobj=stream)
-        if not file.name.endswith(".zst"):
-            yield from iter(functools.partial(stream.read, _BLOCK), b"")
-            return
-        # By hand: zstandard's own stream reader takes a frame that is cut off for a whole one.
-        frame = None
-        while block := stream.read(_BLOCK):
-            while block:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(block)
-                block = frame.unused_data
-                if frame.eof:
-                    frame = None
-        if frame:
-            raise EOFError("the last frame does not end")
-
-
-def _parquet_rows(file: epath.Path, columns: tuple[str, str]) -> Iterator[Row]:
-    number = 0
-    try:
-        with file.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
-            names = table.schema_arrow.names
-            if columns[0] not in names:
-                raise ValueError(f"{file}: no column {columns[0]!r}; it has {', '.join(names)}.")
-            wanted = [name for name in columns if name in names]
-            for batch in table.iter_batches(batch_size=1024, columns=wanted):
-                for values in zip(*(batch.column(name) for name in wanted), strict=True):
-                    number += 1
-                    row = [value.as_py() for value in values]
-                    yield f"{file}, row {number}", dict(zip(wanted, row, strict=True))
-    except UnicodeDecodeError as error:
-        raise ValueError(_bad_utf8(f"{file}, row {number}", error)) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}, after row {number}: not readable as Parquet: {error}") from None
-
-
-def _tfds_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    try:
-        # Not tfds.builder, which prefers a dataset's source code, and that may want TensorFlow.
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
-    except tfds.core.DatasetNotFoundError as error:
-        where = data_dir or "TFDS's default folder"
-        raise ValueError(f"tfds:{name}: no such prepared dataset in {where}: {error}") from None
-
-
-def _tfds_rows(path: str, data_dir: str) -> Iterator[Row]:
-    match = _TFDS.fullmatch(path)
-    if not match:
-        raise ValueError(f"{path}: should be tfds:DATASET[:SPLIT].")
-    builder, chosen = _tfds_builder(match["name"], data_dir), match["split"] or "train"
-    try:
-        source = builder.as_data_source(split=chosen)
-    except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    for number in range(len(source)):
-        where = f"{path}, row {number + 1}"
-        try:
-            row = source[number]
-            yield (
-                where,
-                {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in row.items()},
-            )
-        except UnicodeDecodeError as error:
-            raise ValueError(_bad_utf8(where, error)) from None
-
-
-def _document(name: str, where: str, row: Any, text_field: str, language_field: str) -> Document:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be an object with a {text_field!r}, not {row!r:.80}")
-    if text_field not in row:
-        raise ValueError(f"{where}: no field {text_field!r}; it has {', '.join(map(str, row))}.")
-    text, language = row[text_field], row.get(language_field) or UNKNOWN_LANGUAGE
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: {text_field!r} must be a string, not {text!r:.80}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: character {error.start + 1} of {text_field!r} is a lone surrogate, which"
-            " no UTF-8 text can hold."
-        ) from None
-    if not isinstance(language, str) or not _NAME.fullmatch(language):
-        raise ValueError(
-            f"{where}: {language_field!r} must be a name of letters, digits, '_' or '-', such as"
-            f" 'zh', not {language!r:.80}"
-        )
-    return Document(text, name, language)

@@ -29,8 +29,9 @@ class Stream:
     """The rows of one split of a folder of shards, by index.
 
     'train' is endless: a set is shuffled anew each time it is repeated, and the sets are mixed
-    by weight. A set's weight counts tokens: by default those it has, so that all are repeated
-    equally often; `config.weights` may say otherwise, and 0 leaves a set out.
+    by weight. A set's weight counts tokens: by default what the manifest says, or those it has,
+    so that all are repeated equally often; `config.weights` may say otherwise, and 0 leaves a
+    set out.
 
     'eval' is each held-out row of every set once. The sets take turns in proportion to their
     rows, so that the first rows stand for all. Rows past the end are empty, without targets.
@@ -50,7 +51,7 @@ class Stream:
         parts = {name: sets[split] for name, sets in manifest.sets.items() if sets[split].rows}
         self.weights = {}
         if split == "train":
-            given = _parse_weights(config.weights, parts)
+            given = manifest.weights | _parse_weights(config.weights, parts)
             self.weights = {name: given.get(name, part.tokens) for name, part in parts.items()}
             self.weights = {name: weight for name, weight in self.weights.items() if weight}
             parts = {name: parts[name] for name in self.weights}

@@ -68,7 +68,9 @@ def _nats(model, batch, dtype):
     def one(inputs):
         hidden_BCD, targets_BC, mask_BC = inputs
         logp_BCV = jax.nn.log_softmax(model.logits(hidden_BCD))
-        picked_BC = jnp.take_along_axis(logp_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        # Not take_along_axis, which a mesh of explicit axes refuses.
+        is_target_BCV = jnp.arange(logp_BCV.shape[-1]) == targets_BC[..., None]
+        picked_BC = jnp.sum(jnp.where(is_target_BCV, logp_BCV, 0.0), axis=-1)
         return -jnp.sum(jnp.where(mask_BC, picked_BC, 0.0), axis=1)
 
     def chunks(x):

@@ -252,6 +252,29 @@ class Progress:
         self.close()
 
 
+class Phases:
+    """A progress line for each phase of some work; a context manager, called as it goes on."""
+
+    def __init__(self):
+        self._name: str | None = None
+        self._line: Progress | None = None
+
+    def __enter__(self) -> "Phases":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._line:
+            self._line.close()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Tells how much of a phase is done; another name ends the phase before."""
+        if name != self._name:
+            self.__exit__()
+            self._name, self._line = name, Progress(name, total, unit="part")
+        self._line.update(done)
+
+
+
 def _count(x: float) -> str:
     """12345 → '12.3k'."""
     for size, letter in [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")]:

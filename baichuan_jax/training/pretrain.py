@@ -28,21 +28,31 @@ def open_data(
 ) -> shards.Manifest:
     """The packed rows: of `config.shards`, or made from `config.sources` in WORKDIR/shards.
 
+    `config.shards` may also be a folder that has them in DIR/shards, such as a run's. Rows that
+    `experiments.prepare_data` has made are taken as they are, whatever `config.sources` says.
+
     Rows that were packed from other inputs are packed anew where `replace` allows it.
 
     Raises:
       ValueError: names the field, file or row that is wrong, or what changed.
     """
-    directory = epath.Path(config.shards or epath.Path(workdir) / "shards")
+    directory = epath.Path(config.shards or epath.Path(workdir) / "shards").expanduser()
     if "://" in str(directory):
         raise ValueError(
             f"{directory}: ArrayRecord files are read from a file system only. Give"
             " --config.data.shards=DIR on one that all hosts mount."
         )
-    if config.shards and not config.sources:
-        return shards.load(
-            config.shards, tokenizer=tokenizer, sequence_length=config.sequence_length
-        )
+    prepared = False
+    if config.shards:
+        inner = directory / "shards"
+        if not (directory / shards.MANIFEST).exists() and (inner / shards.MANIFEST).exists():
+            directory = inner
+        if (directory / shards.MANIFEST).exists():
+            prepared = shards.read(directory, shards.MANIFEST).inputs.get("prepared", False)
+    if config.shards and (prepared or not config.sources):
+        if config.sources:
+            logging.warning("%s: used as it is; config.data.sources is not read.", directory)
+        return shards.load(directory, tokenizer=tokenizer, sequence_length=config.sequence_length)
     if not config.sources:
         raise ValueError(
             "No text to train on: give --config.data.sources=NAME=PATH,… (.jsonl, .parquet, text"
@@ -137,9 +147,11 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
       NonFiniteError, CheckpointError: see `loop.train`.
     """
     mesh = checked_mesh(config)
-    if not config.data.tokenizer and config.checkpoint.init_from:
-        own = epath.Path(config.checkpoint.init_from).expanduser() / "tokenizer.model"
-        config.data.tokenizer = str(own) if own.exists() else ""
+    # The weights' own tokenizer goes before the rows': rows of another one do not fit them.
+    for folder in filter(None, (config.checkpoint.init_from, config.data.shards)):
+        own = epath.Path(folder).expanduser() / "tokenizer.model"
+        if not config.data.tokenizer and own.exists():
+            config.data.tokenizer = str(own)
     if not config.data.tokenizer:
         raise ValueError(
             "config.data.tokenizer is empty: give a SentencePiece model, or train one with"

@@ -246,6 +246,19 @@ def test_load_finds_what_does_not_fit(config, tmp_path):
     assert packing.pack(config, Words(), directory) and file.read_bytes() == content
 
 
+def test_a_manifest_with_and_without_weights(config, tmp_path):
+    manifest = packing.pack(config, Words(), tmp_path / "shards")
+    path = tmp_path / "shards/manifest.json"
+    values = json.loads(path.read_text())
+    assert values.pop("weights") == {}
+    path.write_text(json.dumps(values))  # as it was written before there were weights
+    old = shards.load(tmp_path / "shards", tokenizer=None, sequence_length=32)
+    assert old == manifest and old.fingerprint == manifest.fingerprint == values["fingerprint"]
+    shards.write(dataclasses.replace(manifest, weights={"news.en": 0.5}), shards.MANIFEST)
+    new = shards.load(tmp_path / "shards", tokenizer=None, sequence_length=32)
+    assert new.weights == {"news.en": 0.5} and new.fingerprint == old.fingerprint
+
+
 def test_progress(config, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "BATCH_CHARACTERS", 2_000)
     calls = []

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import logging
@@ -178,6 +179,21 @@ def test_weights(config, manifest, caplog):
     assert share_of_books(alone) == 1
     assert Stream(manifest, "eval", replace(config, weights=("news.en=0",))).num_rows == sum(
         parts["eval"].rows for parts in manifest.sets.values()
+    )
+
+
+def test_weights_of_the_manifest(config, manifest, tmp_path):
+    given = dataclasses.replace(manifest, weights={"books.zh": 3e9, "news.en": 1e9, "gone.en": 1.0})
+    stream = Stream(given, "train", config)
+    assert stream.weights == {"books.zh": 3e9, "news.en": 1e9}
+    assert share_of_books(stream) == pytest.approx(0.75, abs=0.02)
+    asked = Stream(given, "train", replace(config, weights=("news.en=3e9",)))
+    assert asked.weights == {"books.zh": 3e9, "news.en": 3e9}
+    none = dataclasses.replace(manifest, weights={"books.zh": 0.0})
+    tokens = manifest.sets["news.en"]["train"].tokens
+    assert Stream(none, "train", config).weights == {"news.en": tokens}
+    assert "weights books.zh: 3000000000.0 -> none" in difference(
+        stream.describe(8), Stream(none, "train", config).describe(8)
     )
 
 

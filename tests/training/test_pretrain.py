@@ -14,6 +14,9 @@ from baichuan_jax.config import MeshConfig, to_json
 from baichuan_jax.convert import layout
 from baichuan_jax.data import packing
 from baichuan_jax.data.dialogue import dialogue
+from baichuan_jax.data.prepare import ingest, mixture, tokens
+from baichuan_jax.data.prepare.corpus import Corpus
+from baichuan_jax.data.prepare.engine import Local
 from baichuan_jax.inference.quantize import quantize, save_quantized
 from baichuan_jax.parallel import zero
 from baichuan_jax.parallel.mesh import make_mesh
@@ -196,6 +199,57 @@ def test_the_tokenizer_is_kept_in_one_move(config, corpus, tmp_path, monkeypatch
     pretrain(config, tmp_path / "run")  # the same bytes: nothing is written
     after = copy.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.fixture
+def prepared(config, corpus, tmp_path):
+    """A folder as `experiments.prepare_data` leaves it: documents, tokens, shards, tokenizer."""
+    folder = tmp_path / "prepared"
+    engine, model = Local(folder / "scratch"), folder / "tokenizer.model"
+    ingest.run(folder, config.data.sources, ingest.IngestConfig(), engine)
+    model.write_bytes((corpus / "tokenizer.model").read_bytes())
+    documents = Corpus(str(folder))
+    tokens.run(documents, "tokens", engine, model)
+    made = tokens.TokensConfig(config.data.sequence_length, config.data.eval_fraction)
+    mix = mixture.MixtureConfig(source_weights="chat.en=0")
+    words = Tokenizer(model)
+    tokens.pack(documents.after("tokens"), folder / "shards", engine, made, mix, words)
+    return folder
+
+
+def test_prepared_data_is_taken_as_it_is(config, prepared, tmp_path, monkeypatch, caplog):
+    given = []
+    monkeypatch.setattr(loop, "train", lambda *arguments: given.append(arguments[4:6]))
+    before = {p: p.read_bytes() for p in (prepared / "shards").rglob("*") if p.is_file()}
+    kept, config.data.sources = config.data.sources, ""
+    own, run = str(prepared / "tokenizer.model"), tmp_path / "run"
+    for folder, model in ((prepared, ""), (prepared / "shards", own)):
+        config.data.shards, config.data.tokenizer = str(folder), model
+        pretrain(config, run)
+        train, held_out = given.pop()
+        assert list(train.weights) == ["chat.zh"]  # the prepared weights leave the other out
+        assert held_out.num_rows > 0
+        assert (run / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
+        (run / "tokenizer.model").unlink()
+    config.data.sources = kept  # a recipe's, say
+    with caplog.at_level(logging.WARNING):
+        pretrain(config, run)
+    assert "config.data.sources is not read" in caplog.text
+    assert {p: p.read_bytes() for p in (prepared / "shards").rglob("*") if p.is_file()} == before
+
+
+def test_prepared_data_that_does_not_fit(config, prepared, tmp_path):
+    config.data.sources = config.data.tokenizer = ""
+    config.data.shards = str(prepared)
+    config.model.vocab_size = 999
+    refused(config, tmp_path, r"prepared/tokenizer.model has 1,000 tokens, more than config.model")
+    config.model.vocab_size, config.data.sequence_length = 1_000, 64
+    refused(config, tmp_path, r"prepared/shards has rows for config.data.sequence_length=32")
+    config.data.sequence_length, config.data.shards = 32, str(tmp_path)
+    config.data.tokenizer = ""
+    refused(config, tmp_path, r"config\.data\.tokenizer is empty")
+    config.data.tokenizer = str(prepared / "tokenizer.model")
+    refused(config, tmp_path, r"no manifest\.json")
 
 
 def test_rows_in_a_bucket_are_refused(config):

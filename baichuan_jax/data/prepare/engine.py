@@ -14,6 +14,7 @@ thousands of times fewer elements than rows.
 """
 
 import concurrent.futures
+import functools
 import io
 import json
 import multiprocessing
@@ -98,19 +99,25 @@ class Local:
         return [task[0] for task in tasks]
 
     def _finished(self, tasks: list[tuple]) -> Iterator[None]:
-        workers = min(self._workers, len(tasks))
-        if workers <= 1:
+        if min(self._workers, len(tasks)) <= 1:
             yield from (_write(*task) for task in tasks)
             return
-        # Not fork: JAX in this process has threads, and a fork of them may hang.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            calls = [pool.submit(_write, *task) for task in tasks]
-            try:
-                yield from (call.result() for call in concurrent.futures.as_completed(calls))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        pool = _pool(self._workers)
+        calls = [pool.submit(_write, *task) for task in tasks]
+        try:
+            yield from (call.result() for call in concurrent.futures.as_completed(calls))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            _pool.cache_clear()
+            raise
+
+
+@functools.cache
+def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Workers that stay for the next step: what they have imported and made, they keep."""
+    # Not fork: JAX in this process has threads, and a fork of them may hang.
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
 
 
 def cut(block: Block) -> Iterator[Block]:

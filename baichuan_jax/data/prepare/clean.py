@@ -1,0 +1,377 @@
+"""Heuristic filters (§2.1): documents that are no text worth reading, and lines that are no text.
+
+A rule is a field of `CharacterRules`, `WordRules` or `CodeRules`: `min_x` and `max_x` bound the
+feature x of a document. Languages without spaces are measured in characters (and Chinese verse
+is short), those with in words, code in lines. The first rule that a document breaks gives the
+reason. Lines left over from a page's frame (copyright, cookies, navigation) are cut out before,
+and the rules look at the rest.
+
+Shapes: C characters of all texts of a batch, N documents, L lines, K tokens.
+"""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from baichuan_jax.data.prepare import language, text
+from baichuan_jax.data.prepare import pieces as of
+from baichuan_jax.data.prepare.pieces import Pieces, characters, strings, totals
+
+UNSPACED = ("zh", "ja")
+
+
+def _rule(limit: float, reason: str):
+    return dataclasses.field(default=limit, metadata={"reason": reason})
+
+
+@dataclasses.dataclass
+class AllRules:
+    """Every document. Shares are of its visible characters unless another whole is named."""
+
+    max_cut: float = _rule(0.5, "boilerplate: most lines")  # of the content
+    min_visible: int = _rule(1, "empty")
+    max_garbled: float = _rule(0.03, "garbled")  # what a wrong encoding leaves
+    max_digits: float = _rule(0.4, "symbols: mostly digits")
+
+
+@dataclasses.dataclass
+class CharacterRules:
+    """Chinese and Japanese, in characters."""
+
+    min_characters: int = _rule(16, "length: too short")  # no tune of verse has fewer
+    max_symbols: float = _rule(0.35, "symbols: too many")
+    max_blobs: float = _rule(0.5, "symbols: data")  # lines of base64 and the like
+    max_duplicate_lines: float = _rule(0.5, "repetition: duplicate lines")  # of the content
+    max_duplicate_ngrams: float = _rule(0.5, "repetition: n-grams")  # of runs of ten tokens
+    max_top_ngram: float = _rule(0.4, "repetition: one phrase")  # of the tokens
+    # Stops, and the commonest characters of modern and classical grammar, for each Han or kana.
+    min_grammar: float = _rule(0.03, "words: no sentences")
+
+
+@dataclasses.dataclass
+class WordRules:
+    """English and other languages whose commonest words we know, in words."""
+
+    min_words: int = _rule(30, "length: too short")
+    max_blobs: float = _rule(0.5, "symbols: data")
+    min_word_length: float = _rule(2.5, "words: too short")  # mean
+    max_word_length: float = _rule(14.0, "words: too long")
+    max_symbols: float = _rule(0.35, "symbols: too many")
+    max_bullets: float = _rule(0.95, "lines: bullets")  # of the lines
+    max_ellipses: float = _rule(0.25, "lines: ellipses")  # of the lines: cut off by '...'
+    max_listed: float = _rule(0.8, "lines: a list")  # of the lines: short, and end in no stop
+    min_stop_words: float = _rule(0.07, "words: no sentences")  # of the tokens; English only
+    max_duplicate_lines: float = _rule(0.5, "repetition: duplicate lines")
+    max_duplicate_ngrams: float = _rule(0.4, "repetition: n-grams")
+    max_top_ngram: float = _rule(0.2, "repetition: one phrase")
+    max_placeholder: float = _rule(0.005, "boilerplate: lorem ipsum")  # of the tokens
+
+
+@dataclasses.dataclass
+class CodeRules:
+    """Source code, in lines."""
+
+    min_characters: int = _rule(20, "length: too short")
+    max_longest_line: int = _rule(4_000, "code: long lines")
+    max_mean_line: float = _rule(150.0, "code: long lines")
+    min_letters: float = _rule(0.25, "code: few letters")
+    max_blobs: float = _rule(0.3, "code: data")
+    max_generated: float = _rule(0.5, "code: generated")  # 1 where its head says so
+
+
+@dataclasses.dataclass
+class CleanConfig:
+    """Limits of the heuristic filters, by kind of text."""
+
+    all: AllRules = dataclasses.field(default_factory=AllRules)
+    characters: CharacterRules = dataclasses.field(default_factory=CharacterRules)
+    words: WordRules = dataclasses.field(default_factory=WordRules)
+    code: CodeRules = dataclasses.field(default_factory=CodeRules)
+    cut_lines: bool = True  # of boilerplate, in prose
+
+
+_ENDS = ".!?:;,\"')。！？：；，、…”’）」』》"
+_BULLETS = "*-+•●○■□▪‣◦·►–"
+_CP1252 = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
+BATCH = 1 << 19  # characters; the regular expressions are compiled anew for each batch
+_SHORT_LINE = 30  # visible characters
+# From where on it can be asked: for shares of lines, for grammar (Han, kana), for a top n-gram.
+_ENOUGH_LINES, _ENOUGH_HAN, _ENOUGH_TOKENS = 5, 200, 50
+
+# What is left of a page's frame. A short line goes if it begins like this,
+_NAVIGATION = (
+    r"home|about(?: us)?|contacts?(?: us)?|log ?in|sign (?:in|up)|register|search|menu|site ?map"
+    r"|privacy(?: policy)?|terms(?: (?:of (?:use|service)|(?:and|&) conditions))?|faqs?|help"
+    r"|subscribe|newsletter|rss|blog|news|products|services|careers|disclaimer|cookies?"
+    r"|cookie policy|my account|cart|checkout|gallery|shop|store|portfolio|testimonials"
+    r"|(?:网站)?首页|加入收藏|收藏本站|设为首页|联系我们|关于我们|网站地图|友情链接|帮助(?:中心)?|意见反馈|广告服务"
+    r"|法律声明|隐私(?:政策|条款|声明)|用户协议|服务条款|登录|登陆|(?:免费)?注册|立即登录|会员登录|退出|搜索|公司简介"
+    r"|产品(?:中心|展示)|新闻(?:中心|动态)|在线留言|人才招聘|招贤纳士|客服中心|企业文化|荣誉资质|成功案例"
+)
+_STARTS = (
+    # cookies and scripts
+    r"(?:please )?(?:enable|turn on|activate) (?:java ?script|cookies)\b",
+    r"you (?:need to|must|have to) (?:enable|have) java ?script",
+    r"we (?:also )?use cookies\b",
+    r"(?:this|our) (?:web)?site uses? cookies\b",
+    r"(?:accept|reject|decline|manage|allow)(?: all)? cookies\b",
+    # copyright
+    r"(?:copyright )?(?:©|\(c\)|&copy;) ?(?:copyright )?(?:19|20)\d\d",
+    r"copyright (?:19|20)\d\d",
+    r"(?:proudly )?powered by (?:wordpress|blogger|drupal|joomla|shopify|discuz|vbulletin|phpbb)",
+    # what to do with a page
+    r"skip to (?:main |the )?(?:content|navigation)$",
+    r"(?:back|return) to (?:the )?(?:top|home(?:page)?)$",
+    r"(?:click|tap) here(?:$| to | for )",
+    r"(?:continue reading|read more|read the full (?:story|article))\b",
+    r"(?:show|load|view|see) more(?: \w+)?$",
+    r"(?:share|tweet|pin|email|print) (?:this(?: \w+)?|on (?:facebook|twitter)|it|via \w+)$",
+    r"(?:previous|next|older|newer) (?:posts?|articles?|entry|entries|story|stories)(?:$|[ :>»→])",
+    r"leave a (?:reply|comment)\b",
+    r"post navigation$",
+    r"your email address will not be published",
+    r"required fields are marked",
+    r"notify me (?:of|when) (?:new|follow)",
+    r"(?:follow|like|find) us on \w+",
+    r"(?:sign up|subscribe) (?:for|to) (?:our|the) .*(?:newsletter|mailing list|updates|feed)",
+    r"(?:add to (?:cart|basket|wishlist|bag)|(?:view|your|shopping) (?:cart|basket))\b",
+    r"you (?:must|have to|need to) (?:be logged|log) in to\b",
+    r"log in to (?:reply|comment|post|leave)\b",
+    r"this entry was posted\b",
+    r"you can (?:follow any responses|leave a response|skip to the end)\b",
+    r"(?:filed under|posted in|tagged with)\b",
+    # the same in Chinese
+    r"(?:上一|下一)[篇页章条](?:$|\s|[:：|｜/])",
+    r"(?:您|你)?的?(?:当前|现在|所在)的?位置(?:是|为)?\s*[:：]",
+    r"(?:您|你)(?:现在|当前)?的?(?:所在)?位置\s*[:：]",
+    r"(?:网站)?首页\s*(?:[>»›→/|｜]|--)",
+    r"(?:点击|戳)(?:这里|此处)?(?:进入|查看|阅读|下载|浏览)(?:更多|全文|原文|详情|大图|专题|下一页)",
+    r"(?:阅读|查看|展开|显示|浏览)(?:全文|原文|更多|剩余)",
+    r"(?:返回|回到)(?:网站)?(?:首页|顶部|列表|上页|上一页|上一级)(?:$|[\s>»\]】])",
+    r"(?:分享|转发)(?:到|至|给)",
+    r"(?:微信)?(?:扫一扫|长按|扫描|识别).*(?:二维码|关注|下载)",
+    r"(?:欢迎|请|敬请)?(?:关注|订阅)(?:我们|本站|官方)?的?.*(?:微信|公众号|微博|官微)",
+    r"责任编辑\s*[:：]",
+    r"(?:发布时间|发布日期|更新时间|浏览次数|浏览量|阅读次数|阅读量|点击次数|点击率|点击数|人气|字体|字号)\s*[:：]",
+    r"免责声明\s*[:：]",
+    r"本(?:站|网|网站).*(?:转载|侵权|不代表|立场)",
+    r"(?:转载|转发)(?:时|本文)?请?(?:务必)?(?:注明|保留)(?:出处|来源|原文)",
+    r"(?:未经|非经).*(?:许可|授权|允许|同意).*(?:转载|复制|使用|镜像)",
+    r"(?:相关|热门|推荐|最新|随机)(?:阅读|新闻|文章|推荐|链接|资讯|评论|标签)\s*[:：]?$",
+    r"(?:猜你喜欢|网友评论|发表评论)\s*[:：]?$",
+    r"请?(?:先)?(?:启用|开启|打开)\s*JavaScript",
+    # two items of navigation at least, and nothing else
+    rf"(?:{_NAVIGATION})(?:[\s|｜·•>»/,，-]+(?:{_NAVIGATION}))+$",
+)
+# or if it has this anywhere.
+_ANYWHERE = (
+    r"\b(?:java ?script|cookies) (?:is|are|must be|needs? to be|appears? to be) (?:currently )?"
+    r"(?:disabled|enabled|required|turned off)",
+    r"your browser (?:does not|doesn't) support",
+    r"by (?:continuing|using|browsing).*\b(?:use of cookies|privacy policy|terms of use)",
+    r"\ball rights reserved\b",
+    r"版权所有(?:$|[^者人权的了])",
+    r"(?:ICP[备证]|公网安备)\s*\d",
+    r"浏览器(?:不支持|版本过低|版本太低)",
+)
+_BOILERPLATE = rf"(?i)^[\s|·•»«›‹<>\[【(（]*(?:{'|'.join(_STARTS)})|{'|'.join(_ANYWHERE)}"
+_LONGEST_BOILERPLATE = 120  # visible characters
+
+_GENERATED = (
+    r"(?i)auto-?generated|automatically generated|@generated\b|\bcode generated\b"
+    r"|generated (?:by|from|with|using)[^\n]*\n?[^\n]*do not (?:edit|modify)"
+    r"|do not (?:edit|modify) (?:this file|manually|by hand)"
+)
+_GENERATED_HEAD = 1_000  # characters, where a generator says so
+
+
+def clean(documents: pa.Table, config: CleanConfig) -> pa.Table:
+    """Drops documents and cuts lines by rules; a local stage.
+
+    Args:
+      documents: with `text` and `language` (as the stage `language` leaves it).
+
+    Returns:
+      One row a document: `reason` (or null), `text` (null: unchanged), `cut_lines` (uint32), and
+      in float32 `symbol_share`, `garbled_share`, `duplicate_line_share`, `duplicate_ngram_share`:
+      the features that the rules see.
+    """
+    texts = pc.fill_null(documents["text"], "").combine_chunks()
+    languages = np.array(pc.fill_null(documents["language"], language.UNKNOWN).to_pylist(), object)
+    parts = list(text.batches(texts, BATCH)) or [slice(0, 0)]
+    return pa.concat_tables(_clean(texts[part], languages[part], config) for part in parts)
+
+
+def _clean(texts: pa.StringArray, languages: np.ndarray, config: CleanConfig) -> pa.Table:
+    joined = text.join(texts)
+    lines = Pieces.of(joined, text.paragraphs(joined))
+    code = languages == language.CODE
+    rows = lines.spans.rows
+    cut = np.zeros(len(lines.visible), bool)
+    if config.cut_lines:
+        short = (lines.visible <= _LONGEST_BOILERPLATE) & (lines.spans.sizes > 0)
+        short = np.flatnonzero(short & ~np.repeat(code, np.diff(rows)))
+        found = strings(joined.codes, lines.starts[short], lines.ends[short])
+        cut[short] = pc.match_substring_regex(found, _BOILERPLATE).to_numpy(zero_copy_only=False)
+    features = _line_features(joined.codes, lines, cut) | _token_features(joined, languages)
+    features["garbled"] += _misread(joined) / np.maximum(features["visible"], 1)
+    features["generated"] = np.zeros(len(texts))
+    if code.any():
+        heads = pc.utf8_slice_codeunits(texts.filter(pa.array(code)), 0, _GENERATED_HEAD)
+        features["generated"][code] = pc.match_substring_regex(heads, _GENERATED)
+    unspaced = np.isin(languages, UNSPACED)
+    reasons = np.full(len(texts), None)
+    for rules, where in (
+        (config.all, np.ones(len(texts), bool)),
+        (config.characters, unspaced),
+        (config.words, np.isin(languages, list(language.WORDS))),
+        (config.code, code),
+    ):
+        _apply(rules, features, where, reasons)
+    edited = text.without(joined, lines.spans, cut) if cut.any() else [None] * len(texts)
+    shares = ("symbols", "garbled", "duplicate_lines", "duplicate_ngrams")
+    return pa.table(
+        {
+            "reason": pa.array(reasons, pa.string()),
+            "text": pa.array(edited, pa.string()),
+            "cut_lines": pa.array(totals(cut, rows), pa.uint32()),
+            **{
+                f"{name.removesuffix('s')}_share": pa.array(features[name], pa.float32())
+                for name in shares
+            },
+        }
+    )
+
+
+def _apply(rules, features: dict[str, np.ndarray], where: np.ndarray, reasons: np.ndarray) -> None:
+    """Writes the reasons of the documents that break a rule and have no reason so far."""
+    for field in dataclasses.fields(rules):
+        bound, name = field.name.split("_", 1)
+        limit, feature = getattr(rules, field.name), features[name]
+        broken = feature < limit if bound == "min" else feature > limit
+        reasons[broken & where & np.equal(reasons, None)] = field.metadata["reason"]
+
+
+def _line_features(codes: np.ndarray, lines: Pieces, cut: np.ndarray) -> dict[str, np.ndarray]:
+    """Features of the lines that are not cut, float or int64 [N] each."""
+    spans, rows = lines.spans, lines.spans.rows
+    first, last, last_but_one = (
+        codes[np.clip(place, 0, len(codes) - 1)] if len(codes) else place
+        for place in (lines.starts, lines.ends - 1, lines.ends - 2)
+    )
+    classes = totals(lines.classes * ~cut[:, None], rows)
+    visible = classes.sum(1) - classes[:, of.BLANK]
+    content = totals(spans.sizes, rows)
+    filled = ~cut & (spans.sizes > 0)
+    num_lines = totals(filled, rows)
+    plain = lines.classes[:, of.LETTER] + lines.classes[:, of.DIGIT]
+    blobs = (lines.visible >= 60 * lines.words) & (lines.visible >= 60)
+    blobs &= ~cut & (plain >= 0.85 * lines.visible)
+    ellipsis = (last == ord("…")) | ((last == ord(".")) & (last_but_one == ord(".")))
+    ended = np.isin(last, characters(_ENDS), kind="table")
+    eastern = classes[:, of.HAN] + classes[:, of.FUNCTION]
+    grammar = classes[:, of.FUNCTION] + classes[:, of.STOP]
+    letters = classes[:, of.LETTER] + classes[:, of.OTHER_LETTER]
+    words = totals(lines.words * ~cut, rows)
+
+    def share(part, whole):
+        return part / np.maximum(whole, 1)
+
+    def of_lines(mask):
+        return share(totals(mask & filled, rows), num_lines) * (num_lines >= _ENOUGH_LINES)
+
+    return {
+        "visible": visible,
+        "cut": share(totals(spans.sizes * cut, rows), content),
+        "garbled": share(classes[:, of.GARBLED], visible),
+        "digits": share(classes[:, of.DIGIT], visible),
+        "symbols": share(classes[:, of.SYMBOL], visible),
+        "letters": share(letters, visible),
+        "characters": letters + eastern + classes[:, of.DIGIT],
+        "grammar": np.where(eastern < _ENOUGH_HAN, 1.0, share(grammar, eastern)),
+        "words": words,
+        "word_length": share(visible, words),
+        "blobs": share(totals(lines.visible * blobs, rows), visible),
+        "bullets": of_lines(np.isin(first, characters(_BULLETS), kind="table")),
+        "ellipses": of_lines(ellipsis),
+        "listed": of_lines((lines.visible < _SHORT_LINE) & ~ended),
+        "duplicate_lines": share(totals(spans.sizes * (_repeated(spans) & ~cut), rows), content),
+        "longest_line": np.maximum.reduceat(np.append(lines.visible, 0), rows[:-1])
+        * (num_lines > 0),
+        "mean_line": share(visible, num_lines),
+    }
+
+
+def _token_features(joined: text.Joined, languages: np.ndarray) -> dict[str, np.ndarray]:
+    """Features of the tokens, float [N] each."""
+    tokens = text.tokens(joined)
+    number = np.maximum(np.diff(tokens.rows), 1)
+    repeats, _ = _ngrams(tokens, 10, np.full(len(number), 2))
+    # A phrase that is said less often is not looked for, nor any in a text of few tokens.
+    _, top = _ngrams(tokens, 3, np.maximum(4, number // 50))
+    english = list(language.WORDS).index("en")
+    stop_words = np.where(languages == "en", language.word_counts(tokens)[:, english], number)
+    lorem, ipsum = text.tokens(text.join(["lorem ipsum"])).hashes
+    placeholder = np.append((tokens.hashes[:-1] == lorem) & (tokens.hashes[1:] == ipsum), False)
+    return {
+        "duplicate_ngrams": repeats / np.maximum(number - 9, 1),
+        "top_ngram": np.where(number < _ENOUGH_TOKENS, 0.0, 3 * top / number),
+        "stop_words": stop_words / number,
+        "placeholder": totals(placeholder[: len(tokens.hashes)], tokens.rows) / number,
+    }
+
+
+def _repeated(spans: text.Spans) -> np.ndarray:
+    """bool [L]: the same line was in the text before. Short ones (`}`, a heading) do not count."""
+    row = np.repeat(np.arange(len(spans.rows) - 1, dtype=np.uint64), np.diff(spans.rows))
+    long = np.flatnonzero(spans.sizes >= 8)
+    keys = text.mix(spans.hashes[long] + text.mix(row[long]))
+    order = np.argsort(keys, kind="stable")
+    repeated = np.zeros(len(row), bool)
+    repeated[long[order[1:][keys[order[1:]] == keys[order[:-1]]]]] = True
+    return repeated
+
+
+def _ngrams(tokens: text.Tokens, n: int, least: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of n tokens in each text that are there `least` times, int64 [N], or more.
+
+    Returns:
+      How many of them repeat one before; and the count of the commonest. Both int64 [N].
+    """
+    hashes, rows = text.ngrams(tokens, n)
+    counts = np.diff(rows)
+    number = np.arange(len(counts), dtype=np.uint64)
+    # Most are there once. Counting by some bits of the hash leaves few of these to be sorted.
+    bits = np.uint64(max(12, (2 * len(hashes)).bit_length()))
+    place = ((hashes + np.repeat(text.mix(number), counts)) >> (np.uint64(64) - bits)).view(
+        np.int64
+    )
+    together = np.bincount(place, minlength=1)[place]
+    likely = np.flatnonzero(together >= np.repeat(np.maximum(least, 2), counts))
+    # The number of the text, 24 bits, before 40 of the hash: sorted, equal ones are neighbours.
+    keys = np.repeat(number << np.uint64(40), counts)[likely] | (hashes[likely] >> np.uint64(24))
+    keys.sort()
+    firsts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+    times, of = np.diff(firsts, append=len(keys)), (keys[firsts] >> np.uint64(40)).view(np.int64)
+    enough = times >= least[of]
+    repeats = np.bincount(of[enough], times[enough] - 1, len(counts))
+    commonest = np.zeros(len(counts), np.int64)
+    np.maximum.at(commonest, of[enough], times[enough])
+    return repeats, commonest
+
+
+def _misread(joined: text.Joined) -> np.ndarray:
+    """Characters of each text that are bytes of UTF-8 read as Latin-1, such as 'Ã©', int64 [N]."""
+    codes = joined.codes
+    leads = np.flatnonzero((codes >= 0xC2) & (codes <= 0xF4))
+    lengths = 1 + (codes[leads] >= 0xE0) + (codes[leads] >= 0xF0)
+    after = codes[np.minimum(leads[:, None] + [1, 2, 3], len(codes) - 1)]
+    trails = np.isin(after, _TRAILS, kind="table")
+    whole = (trails | (np.arange(1, 4) > lengths[:, None])).all(1)
+    row = np.searchsorted(joined.starts, leads[whole], "right") - 1
+    return np.bincount(row, 1 + lengths[whole], len(joined.starts) - 1)
+
+
+_TRAILS = np.concatenate([np.arange(0x80, 0xC0, dtype=np.uint32), characters(_CP1252)])

@@ -1,0 +1,272 @@
+"""Sources -> document shards, with the rows that cannot be read on a list beside them (§2.1).
+
+One task reads one file, one TFDS split, or a few small files. Which files go together depends on
+the files alone, and shards get their numbers when all tasks are done, so the corpus is the same
+with any number of workers. A task that has finished is not done again.
+
+    DIRECTORY/documents/00000.parquet    the documents of the sources in their order (corpus.py)
+    DIRECTORY/documents/parts/           what the tasks have made, until all are done
+    DIRECTORY/rejects.jsonl              path, row, reason, message and preview of each bad row
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from etils import epath
+
+from baichuan_jax.data import readers, sources
+from baichuan_jax.data.prepare.corpus import DOCUMENT_SCHEMA, whole, write_parquet
+from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
+from baichuan_jax.data.readers import BadRow, Document, Origin
+
+_BATCH_BYTES = 1 << 21  # of text held as Python's strings before they become Arrow's
+_COMPRESSED = (".gz", ".zst", ".parquet")  # to about a quarter
+
+
+@dataclasses.dataclass
+class IngestConfig:
+    """How documents are read, and how many rows may be bad."""
+
+    text_field: str = "text"
+    language_field: str = "lang"
+    tfds_data_dir: str = ""  # where the TFDS datasets are; empty: TFDS's own default
+    max_row_bytes: int = 1 << 26  # a longer row is a bad one
+    shard_bytes: int = 1 << 26  # of text in one shard, before compression
+    max_bad_share: float = 0.05  # of the rows; more of them stop the run
+    min_bad_rows: int = 20  # so many may be bad whatever their share
+
+    @property
+    def options(self) -> readers.Options:
+        return readers.Options(
+            self.text_field, self.language_field, self.tfds_data_dir, self.max_row_bytes
+        )
+
+
+def run(
+    directory: epath.PathLike, given: str, config: IngestConfig, engine: Engine
+) -> dict[str, Any]:
+    """Reads sources into the document shards of a corpus.
+
+    Args:
+      directory: of the corpus; document shards that it already has are replaced.
+      given: the sources, `NAME=PATH,…`: see sources.py.
+
+    Returns:
+      'shards', 'documents', 'bytes' of UTF-8, 'bad_rows', 'reasons' (bad rows, by reason) and
+      'sources' (documents, bytes and bad rows, by source).
+
+    Raises:
+      ValueError: a source is malformed, absent or without any document; more rows are bad than
+        the config allows. `rejects.jsonl` is there then, and what was read is kept.
+    """
+    directory = epath.Path(directory)
+    items = list(enumerate(groups(sources.origins(given), config.shard_bytes)))
+    if not items:
+        raise ValueError("No source of text is given: set config.sources.")
+    folder = directory / "documents" / "parts"
+    results = engine.run("read", items, functools.partial(_read, str(folder), config))
+    found = [of_json(block) for _, block in results]
+    _write_rejects(directory / "rejects.jsonl", folder, len(found))
+    told = _sum(found)
+    _check(told, found, config, directory / "rejects.jsonl")
+    parts = [
+        (folder / f"{group:05d}" / f"{part:05d}.parquet")
+        for group, of_group in enumerate(found)
+        for part in range(of_group["parts"])
+    ]
+    for number, part in enumerate(parts):
+        if part.exists():  # else this was done before an interruption
+            part.replace(directory / "documents" / f"{number:05d}.parquet")
+    for shard in (directory / "documents").glob("*.parquet"):
+        if int(shard.stem) >= len(parts):
+            shard.unlink()
+    folder.rmtree()
+    return {"shards": len(parts), **told}
+
+
+def groups(origins: list[Origin], size: int) -> list[list[Origin]]:
+    """Origins that one task reads: neighbours, files of up to `size` bytes together."""
+    found: list[list[Origin]] = []
+    room = 0
+    for origin in origins:
+        need = epath.Path(origin.path).stat().length if origin.is_file else size
+        need *= 4 if origin.path.endswith(_COMPRESSED) else 1
+        if need > room or not found:
+            found.append([])
+            room = size
+        found[-1].append(origin)
+        room -= need
+    return found
+
+
+def _read(
+    folder: str, config: IngestConfig, item: tuple[int, list[Origin]]
+) -> Iterator[tuple[Key, Block]]:
+    number, origins = item
+    mine = epath.Path(folder) / f"{number:05d}"
+    stamp = _stamp(config, origins)
+    if (mine / "done.json").exists():
+        done = json.loads((mine / "done.json").read_text())
+        if done["stamp"] == stamp:
+            yield (number,), as_json(done["found"])
+            return
+    if mine.exists():
+        mine.rmtree()
+    shards = _Shards(mine, config.shard_bytes)
+    with whole(mine / "rejects.jsonl") as partial, partial.open("w") as rejects:
+        counts = _Counts(rejects)
+        for origin in origins:
+            for row, document, size in _documents(origin, config, counts):
+                shards.add(document, size, f"{origin.path}:{row}" if row else origin.path)
+    found = {"parts": shards.close(), **counts.told()}
+    with whole(mine / "done.json") as partial:
+        partial.write_text(json.dumps({"stamp": stamp, "found": found}))
+    yield (number,), as_json(found)
+
+
+def _documents(
+    origin: Origin, config: IngestConfig, counts: "_Counts"
+) -> Iterator[tuple[int, Document, int]]:
+    before = counts.rows
+    counts.begin(origin)
+    if not origin.is_file or epath.Path(origin.path).stat().length:
+        for row, document in readers.read(origin, config.options, counts.bad):
+            size = len(document.text.encode())
+            counts.document(document, size)
+            yield row, document, size
+    if counts.rows == before:
+        counts.bad(BadRow(origin.path, 0, "empty file", "holds no row."))
+
+
+def _stamp(config: IngestConfig, origins: list[Origin]) -> str:
+    """Changes when what a task writes would."""
+    files = [epath.Path(origin.path).stat() for origin in origins if origin.is_file]
+    seen = [
+        [dataclasses.astuple(origin) for origin in origins],
+        [(stat.length, stat.mtime) for stat in files],
+        dataclasses.astuple(config.options),
+        config.shard_bytes,
+    ]
+    return hashlib.blake2b(json.dumps(seen).encode(), digest_size=16).hexdigest()
+
+
+class _Shards:
+    """Documents -> Parquet files of about `size` bytes of text."""
+
+    def __init__(self, folder: epath.Path, size: int):
+        self._folder, self._size = folder, size
+        self._rows: list[tuple[str, str, str, str]] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._waiting = self._bytes = self._files = 0
+
+    def add(self, document: Document, size: int, origin: str) -> None:
+        self._rows.append((document.text, document.source, document.language, origin))
+        self._waiting += size
+        self._bytes += size
+        if self._bytes >= self._size:
+            self._close_file()
+        elif self._waiting >= _BATCH_BYTES:
+            self._close_batch()
+
+    def _close_batch(self) -> None:
+        columns = [pa.array(column, pa.string()) for column in zip(*self._rows, strict=True)]
+        self._batches.append(pa.record_batch(columns, schema=DOCUMENT_SCHEMA))
+        self._rows, self._waiting = [], 0
+
+    def _close_file(self) -> None:
+        if self._rows:
+            self._close_batch()
+        path = self._folder / f"{self._files:05d}.parquet"
+        write_parquet(path, pa.Table.from_batches(self._batches))
+        self._files += 1
+        self._batches, self._bytes = [], 0
+
+    def close(self) -> int:
+        """Writes the rest; returns the number of files."""
+        if self._rows or self._batches:
+            self._close_file()
+        return self._files
+
+
+class _Counts:
+    """What a task has read so far; it writes the bad rows down."""
+
+    def __init__(self, rejects: Any):
+        self._rejects = rejects
+        self._source = ""
+        self._of_path: collections.Counter[str] = collections.Counter()  # bad rows
+        self._reasons: collections.Counter[str] = collections.Counter()
+        self._sources: dict[str, collections.Counter[str]] = {}
+        self.rows = 0
+
+    def begin(self, origin: Origin) -> None:
+        self._source = origin.source
+        if origin.source:
+            self._of(origin.source)
+
+    def _of(self, source: str) -> collections.Counter[str]:
+        zeros = {"documents": 0, "bytes": 0, "bad_rows": 0}
+        return self._sources.setdefault(source, collections.Counter(zeros))
+
+    def document(self, document: Document, size: int) -> None:
+        of_source = self._of(document.source)
+        of_source["documents"] += 1
+        of_source["bytes"] += size
+        self.rows += 1
+
+    def bad(self, bad: BadRow) -> None:
+        self._rejects.write(json.dumps(dataclasses.asdict(bad)) + "\n")
+        self._of(self._source)["bad_rows"] += 1
+        self._reasons[bad.reason] += 1
+        self._of_path[bad.path] += 1
+        self.rows += 1
+
+    def told(self) -> dict[str, Any]:
+        worst = self._of_path.most_common(1)
+        return {"worst": worst, "reasons": self._reasons, "sources": self._sources}
+
+
+def _sum(found: list[dict]) -> dict[str, Any]:
+    reasons: collections.Counter[str] = collections.Counter()
+    of_source: dict[str, collections.Counter[str]] = {}
+    for of_group in found:
+        reasons.update(of_group["reasons"])
+        for source, counts in of_group["sources"].items():
+            of_source.setdefault(source, collections.Counter()).update(counts)
+    total: collections.Counter[str] = collections.Counter()
+    for counts in of_source.values():
+        total.update(counts)
+    sums = {source: dict(counts) for source, counts in of_source.items()}
+    return {**total, "reasons": dict(reasons.most_common()), "sources": sums}
+
+
+def _check(
+    told: dict[str, Any], found: list[dict], config: IngestConfig, rejects: epath.Path
+) -> None:
+    bad, rows = told["bad_rows"], told["bad_rows"] + told["documents"]
+    if bad > config.min_bad_rows and bad > config.max_bad_share * rows:
+        worst = max((worst for each in found for worst in each["worst"]), key=lambda pair: pair[1])
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in told["reasons"].items())
+        raise ValueError(
+            f"{bad:,} of {rows:,} rows cannot be read ({reasons}), more than"
+            f" config.ingest.max_bad_share={config.max_bad_share} of them. Most, {worst[1]:,}, are"
+            f" in {worst[0]}; all are listed in {rejects}. Mend them, or raise the limit: what was"
+            " read is kept."
+        )
+    for source, counts in told["sources"].items():
+        if not counts["documents"]:
+            raise ValueError(f"The source {source!r} holds no document at all: see {rejects}.")
+
+
+def _write_rejects(path: epath.Path, folder: epath.Path, number: int) -> None:
+    with whole(path) as partial, partial.open("wb") as file:
+        for group in range(number):
+            with (folder / f"{group:05d}" / "rejects.jsonl").open("rb") as part:
+                while block := part.read(1 << 20):
+                    file.write(block)

@@ -1,0 +1,299 @@
+"""What preparing so many tokens takes: core-hours, shuffle, memory, accelerators (§2.1).
+
+Nothing is run: rates that were measured on one core, times what each stage has left to read. A
+stage reads what the stages before it kept, by the funnel of the paper's Figure 2, or one of the
+same shape that keeps another share.
+"""
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Iterator
+
+# Peak dense bfloat16 TFLOP/s of one accelerator.
+ACCELERATORS = {
+    "a100": 312,
+    "h100": 989,
+    "h200": 989,
+    "b200": 2_250,
+    "v4": 275,
+    "v5e": 197,
+    "v5p": 459,
+    "v6e": 918,
+}
+
+# Figure 2: the share of the raw text that each step removes. It keeps 31.68 %.
+FUNNEL = {
+    "exact": 0.2989,
+    "filters": 0.0177,
+    "sentences": 0.0306,
+    "spans": 0.1447,
+    "documents": 0.1913,
+}
+
+
+# Where the rates come from. MB are of UTF-8 text, by process CPU time.
+MEASURED = (
+    "an AMD EPYC, Zen 5, AVX-512; 2026-11-23, a prototype; embed and compare: 2026-11-24, this"
+    " project. Older servers: about half"
+)
+UNITS = {"group": "keys", "verify": "pairs", "components": "pairs", "compare": "FLOP"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What one core does in a second, by `UNITS` (else MB); see `MEASURED`.
+
+    A stage takes `decode` besides, for what it reads.
+    """
+
+    decode: float = 628  # Parquet with zstd to strings
+    ingest: float = 233  # parse JSON lines, write Parquet
+    exact: float = 639  # BLAKE2b
+    filters: float = 58  # language, heuristic rules, personal data
+    sentences: float = 67  # split, score, rules
+    spans: float = 117  # split, hash, count, cut
+    signatures: float = 97  # 160 MinHash values
+    group: float = 39e6  # by band keys
+    verify: float = 140e3  # candidates, by their signatures
+    components: float = 6.2e6
+    decontaminate: float = 100  # 13-grams
+    embed: float = 28  # hashed n-grams, projected
+    compare: float = 50e9  # cosines inside clusters
+    quality: float = 132  # hashed linear classifiers
+    tokenize: float = 7  # SentencePiece
+
+
+def _assumed(value: float, meaning: str) -> float:
+    return dataclasses.field(default=value, metadata={"meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """What the plan takes for granted about the text and the machines."""
+
+    bytes_per_token: float = _assumed(4.2, "UTF-8, Chinese and English mixed")
+    document_bytes: float = _assumed(4667.0, "of a raw document")
+    sentence_bytes: float = _assumed(60.0, "of a sentence or paragraph")
+    kept: float = _assumed(0.3168, "of the text after all stages (Figure 2)")
+    compression: float = _assumed(4.2, "of text by zstd")
+    pairs_per_document: float = _assumed(2.0, "candidates of the bands; one of four is accepted")
+    dimensions: int = _assumed(256, "of embeddings")
+    iterations: int = _assumed(20, "of k-means, on 256 documents for each cluster")
+    model_tokens: int = _assumed(512, "of a document that models read")
+    embedding_flop: float = _assumed(6e7, "a token: 30 M parameters without a head")
+    perplexity_flop: float = _assumed(1e8, "a token: the same with a head of 32,000")
+    efficiency: float = _assumed(0.4, "of an accelerator's peak")
+    disk: float = _assumed(30.0, "MB/s of shuffle for each core, written and read again")
+    token_bytes: float = _assumed(2.5, "of packed rows, compressed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the plan."""
+
+    name: str
+    text: float = 0.0  # bytes it reads
+    core_hours: float = 0.0
+    shuffle: float = 0.0  # bytes
+    memory: float = 0.3  # GB of each worker
+    accelerator_hours: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What so many tokens take.
+
+    Attributes:
+      storage: bytes that stay, by what they are.
+      driver: bytes that the driver's process holds while it joins duplicates.
+    """
+
+    rows: list[Row]
+    storage: dict[str, float]
+    driver: float
+
+    def total(self, name: str) -> float:
+        """The sum of a column."""
+        return sum(getattr(row, name) for row in self.rows)
+
+    def hours(self, cores: int, disk: float) -> float:
+        """Wall time of all but the accelerators' work, where every core is always busy."""
+        return (
+            self.total("core_hours") / cores + self.total("shuffle") / (disk * 1e6 * cores) / 3600
+        )
+
+
+def plan(
+    tokens: float,
+    assumptions: Assumptions = Assumptions(),
+    rates: Rates = Rates(),
+    accelerator: str = "h100",
+) -> Plan:
+    """The plan for so many raw tokens.
+
+    Raises:
+      ValueError: names the argument and what would be right.
+    """
+    a = assumptions
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"tokens={tokens} must be a positive number, such as 1e12.")
+    if not 0 < a.kept <= 1:
+        raise ValueError(f"kept={a.kept} must be above 0 and at most 1.")
+    for name, value in dataclasses.asdict(a).items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be positive.")
+    if accelerator not in ACCELERATORS:
+        known = ", ".join(ACCELERATORS)
+        raise ValueError(f"accelerator={accelerator!r} must be one of {known}.")
+
+    raw = tokens * a.bytes_per_token
+    left = raw
+    before = {}  # what each stage reads
+    for stage, share in FUNNEL.items():
+        before[stage] = left
+        left -= raw * share * (1 - a.kept) / sum(FUNNEL.values())
+
+    def read(size: float, rate: float, *seconds: float) -> float:
+        """Core-hours of a stage that reads so many bytes, and of what else it does."""
+        return (size / 1e6 * (1 / rate + 1 / rates.decode) + sum(seconds)) / 3600
+
+    def accelerated(flop: float) -> float:
+        return flop / (a.efficiency * ACCELERATORS[accelerator] * 1e12) / 3600
+
+    raw_documents = raw / a.document_bytes
+    compared = before["documents"] / a.document_bytes
+    bands, pairs = 20 * compared, a.pairs_per_document * compared
+    documents = left / a.document_bytes
+    clusters = math.sqrt(documents)
+    fit = a.iterations * 256 * clusters * 2 * clusters * a.dimensions
+    assign = documents * 2 * clusters * a.dimensions
+    inside = documents * documents / clusters * a.dimensions  # of each pair one cosine
+    r = rates
+    rows = [
+        Row("ingest", raw, raw / 1e6 / r.ingest / 3600),
+        Row("exact", raw, read(raw, r.exact), 24 * raw_documents),
+        Row("language, filters, privacy", before["filters"], read(before["filters"], r.filters)),
+        Row("sentence quality", before["sentences"], read(before["sentences"], r.sentences)),
+        Row(
+            "sentences, paragraphs",
+            before["spans"],
+            read(before["spans"], r.spans),
+            (16 + 5) * before["spans"] / a.sentence_bytes,  # hashes, then verdicts
+            0.5,
+        ),
+        Row(
+            "near-duplicate documents",
+            before["documents"],
+            read(
+                before["documents"],
+                r.signatures,
+                bands / r.group,
+                pairs / r.verify,
+                pairs / r.components,
+            ),
+            16 * bands + (16 + 144) * pairs,  # keys, pairs, and a signature beside each pair
+            0.6,
+        ),
+        Row("decontamination", left, read(left, r.decontaminate)),
+        Row(
+            "embeddings, clusters",
+            left,
+            read(left, r.embed, inside / r.compare),
+            (2 * a.dimensions + 16 + 20) * documents,
+            0.6,
+            accelerated(fit + assign),
+        ),
+        Row("quality, safety", left, read(left, r.quality)),
+        Row("tokens", left, read(left, r.tokenize), left / a.compression, 0.5),
+        Row(
+            "embeddings by a model *",
+            accelerator_hours=accelerated(documents * a.model_tokens * a.embedding_flop),
+            memory=0,
+        ),
+        Row(
+            "perplexity *",
+            accelerator_hours=accelerated(documents * a.model_tokens * a.perplexity_flop),
+            memory=0,
+        ),
+    ]
+    storage = {
+        "documents": raw / a.compression,
+        "edited texts": (before["sentences"] + before["spans"]) / 2 / a.compression,
+        "signatures": 168 * compared,
+        "embeddings": (2 * a.dimensions + 16) * documents,
+        "packed rows": left / a.bytes_per_token * a.token_bytes,
+    }
+    return Plan(rows, storage, 64 * pairs / 4)
+
+
+def lines(
+    tokens: float,
+    cores: int = 1_000,
+    assumptions: Assumptions = Assumptions(),
+    rates: Rates = Rates(),
+    accelerator: str = "h100",
+) -> Iterator[str]:
+    """The plan as a table, with its assumptions below; raises as `plan`."""
+    if cores < 1:
+        raise ValueError(f"cores={cores} must be positive.")
+    a = assumptions
+    found = plan(tokens, a, rates, accelerator)
+    raw = tokens * a.bytes_per_token
+    yield (
+        f"{tokens:,.0f} raw tokens = {size(raw)} of text, {raw / a.document_bytes:,.0f} documents;"
+        f" kept {a.kept:.2%}: {tokens * a.kept:,.0f} tokens"
+    )
+    yield ""
+    yield (
+        f"{'stage':27}{'reads':>10}{'core-hours':>12}{'shuffle':>10}{'GB/worker':>11}"
+        f"{accelerator + '-hours':>14}"
+    )
+    for row in found.rows:
+        text, shuffle, memory = size(row.text), size(row.shuffle), f"{row.memory:.1f}"
+        yield (
+            f"{row.name:27}{text:>10}{_number(row.core_hours):>12}{shuffle:>10}"
+            f"{memory if row.memory else '':>11}{_number(row.accelerator_hours):>14}"
+        )
+    totals = {name: found.total(name) for name in ("core_hours", "shuffle", "accelerator_hours")}
+    most = max(row.memory for row in found.rows)
+    yield (
+        f"{'total':27}{'':10}{_number(totals['core_hours']):>12}{size(totals['shuffle']):>10}"
+        f"{most:>11.1f}{_number(totals['accelerator_hours']):>14}"
+    )
+    yield "* only with a model of ours; the first one then takes the place of the hashed embeddings"
+    yield ""
+    yield (
+        f"On {cores:,} cores {_number(found.hours(cores, a.disk))} hours, shuffle included, if all"
+        f" are always busy. The driver's process holds {size(found.driver)} while it joins near"
+        " duplicates."
+    )
+    stays = ", ".join(f"{name} {size(stored)}" for name, stored in found.storage.items())
+    yield f"Storage {size(sum(found.storage.values()))}: {stays}."
+    yield ""
+    yield "Assumed (each has a flag):"
+    for field in dataclasses.fields(a):
+        yield f"  {field.name:20}{getattr(a, field.name):<10g}{field.metadata['meaning']}"
+    yield f"One core does in a second ({MEASURED}):"
+    yield from textwrap.wrap(
+        ", ".join(
+            f"{field.name} {getattr(rates, field.name):g} {UNITS.get(field.name, 'MB')}"
+            for field in dataclasses.fields(rates)
+        ),
+        width=98,
+        initial_indent="  ",
+        subsequent_indent="  ",
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for the eye: '4.20 TB'; nothing for none."""
+    for unit, name in ((1e15, "PB"), (1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 1e6:.2f} MB" if count else ""
+
+
+def _number(count: float) -> str:
+    """Three digits at least, and no more behind the point than that takes."""
+    return f"{count:,.{max(0, min(4, 2 - math.floor(math.log10(count))))}f}" if count else ""

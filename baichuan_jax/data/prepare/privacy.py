@@ -1,0 +1,237 @@
+"""Masks personal data (§2.1): e-mail, identity, card and telephone numbers, machines' addresses.
+
+    write to li.lei@163.com or 138-1234-5678   →   write to <EMAIL> or <PHONE>
+
+Most digits in manuals and code are no personal data. So each kind is checked by all that it has
+to fulfil (checksums, dates, ranges in use), and what is part of a longer number, a version, a
+hash, a path or an identifier is left alone. Documents of code are searched for e-mail, identity
+and card numbers only.
+"""
+
+import dataclasses
+import datetime
+import ipaddress
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from baichuan_jax.data.prepare import language
+
+
+@dataclasses.dataclass
+class PrivacyConfig:
+    """What is masked, and by what."""
+
+    kinds: str = "email,id,card,phone,ip"  # some of these
+    placeholder: str = "<{}>"  # {} becomes EMAIL, ID, CARD, PHONE or IP
+
+
+def mask(documents: pa.Table, config: PrivacyConfig) -> pa.Table:
+    """Masks personal data; a local stage.
+
+    Args:
+      documents: with `text` and `language`.
+
+    Returns:
+      One row a document: `reason` (null: none is dropped), `text` (null: unchanged), and how
+      many of each kind were masked: `masked_email` and so on, uint32.
+
+    Raises:
+      ValueError: the config names an unknown kind, or its placeholder has no {}.
+    """
+    kinds = {kind.strip() for kind in config.kinds.split(",") if kind.strip()}
+    if unknown := kinds - set(_KINDS):
+        raise ValueError(
+            f"config.kinds has {', '.join(sorted(unknown))}: should be some of {', '.join(_KINDS)}."
+        )
+    if "{}" not in config.placeholder:
+        raise ValueError(f"config.placeholder={config.placeholder!r} has no {{}} for the kind.")
+    texts = pc.fill_null(documents["text"], "").combine_chunks()
+    prose = np.not_equal(documents["language"].to_numpy(), language.CODE)
+    # Arrow finds the few texts that may have one, fast; Python then decides.
+    numbers = _matches(texts, _NUMBERS)
+    edited: dict[int, str] = {}
+    masked = {}
+    for name, kind in _KINDS.items():
+        counts = np.zeros(len(texts), np.uint32)
+        if name in kinds:
+            looked_at = (prose | kind.in_code) & (numbers | (name == "email"))
+            for n in np.flatnonzero(looked_at)[_matches(texts.filter(looked_at), kind.pattern)]:
+                before = edited[n] if n in edited else texts[n].as_py()
+                after, counts[n] = kind.mask(before, config.placeholder.format(name.upper()))
+                if counts[n]:
+                    edited[n] = after
+        masked[f"masked_{name}"] = pa.array(counts)
+    return pa.table(
+        {
+            "reason": pa.nulls(len(texts), pa.string()),
+            "text": pa.array([edited.get(n) for n in range(len(texts))], pa.string()),
+            **masked,
+        }
+    )
+
+
+# Some part of every identity, card and telephone number, and of every address of a machine.
+_NUMBERS = r"\d{7}|\d{4}[ -]\d{4}|\d{3}[-.]\d{4}|\+\d|\d\.\d{1,3}\.\d{1,3}\.\d|[23][0-9A-Fa-f]{3}:"
+
+
+def _matches(texts: pa.StringArray, pattern: str) -> np.ndarray:
+    return pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False)
+
+
+class _Kind:
+    """A kind of personal data: a pattern, for RE2 and Python both, and what is to hold besides."""
+
+    pattern: str
+    before = r"(?<![\w./+#$%-])"  # no part of a number, a name, a path or an amount of money
+    after = r"(?![\w%]|[.-]\w)"
+    in_code = False
+
+    def __init__(self):
+        # ASCII: a Chinese character is no part of a number beside it.
+        self._expression = re.compile(f"{self.before}(?:{self.pattern}){self.after}", re.ASCII)
+
+    def valid(self, match: re.Match) -> bool:
+        raise NotImplementedError
+
+    def mask(self, text: str, placeholder: str) -> tuple[str, int]:
+        count = 0
+
+        def replace(match: re.Match) -> str:
+            nonlocal count
+            if not self.valid(match):
+                return match[0]
+            count += 1
+            return placeholder
+
+        return self._expression.sub(replace, text), count
+
+
+# Beside those of countries.
+_TOP_DOMAINS = (
+    "com net org edu gov mil int info biz name pro mobi asia tel jobs coop aero museum dev app"
+    " xyz top vip site online club shop tech store cloud wang ltd group email work live fun ink"
+    " link ren icu art blog news media studio design company center wiki"
+)
+
+
+class _Email(_Kind):
+    pattern = r"[A-Za-z0-9][A-Za-z0-9._%+-]*[@＠](?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}"
+    before = r"(?<![\w.%+/-])"
+    after = r"(?![\w(-]|\.\w|:[\w/~])"  # a call; more of the name; a path on a host
+    in_code = True
+    _TOP = frozenset(_TOP_DOMAINS.split())
+    _RESERVED = re.compile(r"(?:^|\.)example\.(?:com|net|org)$|^(?:\d{1,2}\.)+")
+
+    def valid(self, match: re.Match) -> bool:
+        user, domain = re.split("[@＠]", match[0].lower())
+        top = domain.rsplit(".", 1)[1]
+        known = top in self._TOP or (len(top) == 2 and match[0][-2:] in (top, top.upper()))
+        return known and user != "git" and not self._RESERVED.search(domain)
+
+
+class _Identity(_Kind):
+    """Numbers of Chinese residents: place, date of birth, serial number, check digit."""
+
+    pattern = r"[1-9]\d{5}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx]"
+    in_code = True
+    _PROVINCE = re.compile("1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3]")
+    _WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+
+    def valid(self, match: re.Match) -> bool:
+        number = match[0].upper()
+        total = sum(
+            weight * int(digit) for weight, digit in zip(self._WEIGHTS, number[:17], strict=True)
+        )
+        if not self._PROVINCE.match(number) or "10X98765432"[total % 11] != number[17]:
+            return False
+        try:
+            datetime.date(int(number[6:10]), int(number[10:12]), int(number[12:14]))
+        except ValueError:
+            return False
+        return True
+
+
+class _Card(_Kind):
+    """Numbers of bank cards, in one piece or in groups, with their check digit."""
+
+    pattern = (
+        r"[2-6]\d{3}(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?"
+        r"|3[47]\d\d[ -]?\d{6}[ -]?\d{5}|3[068]\d\d[ -]?\d{6}[ -]?\d{4}"
+    )
+    before = r"(?<![\w.,/+#$%-])(?<!\d )(?<![\dA-F]{4} )"  # no part of a table of numbers
+    after = r"(?![\w%]|[.,-]\w|\s\d)"
+    in_code = True
+    # First digits and lengths in use. Longer numbers that begin with 4 are identifiers.
+    _ISSUED = re.compile(
+        r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|62\d{14,17}"
+        r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}"
+    )
+
+    def valid(self, match: re.Match) -> bool:
+        digits = re.sub("[ -]", "", match[0])
+        if len(set(re.sub(r"\d", "", match[0]))) > 1 or not self._ISSUED.fullmatch(digits):
+            return False
+        total = 0
+        for place, digit in enumerate(reversed(digits)):
+            doubled = int(digit) * (1 + place % 2)
+            total += doubled - 9 * (doubled > 9)
+        return total % 10 == 0 and len(set(digits)) > 2
+
+
+class _Phone(_Kind):
+    """Chinese mobile and fixed lines, North American numbers, others with a country's code."""
+
+    pattern = (
+        r"(?:(?:\+|00)?86[- ]?)?1(?:3\d|4[014-9]|5[0-35-9]|6[2567]|7[0-8]|8\d|9\d)(?:[- ]?\d{4}){2}"
+        r"|(?:(?:\+|00)?86[- ]?)?(?:\(0\d{2,3}\) ?|（0\d{2,3}）|0(?:10|2\d|[3-9]\d\d)[- ])"
+        r"[2-9]\d{6,7}"
+        r"|(?:\+?1[-. ]?)?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4}"
+        r"|\+[1-9]\d{0,2}[- ]?(?:\(\d{1,4}\)[- ]?)?\d{2,4}(?:[- ]?\d{2,4}){1,4}"
+    )
+
+    def valid(self, match: re.Match) -> bool:
+        digits = re.sub(r"\D", "", match[0])
+        if match[0][0] == "+":
+            return 9 <= len(digits) <= 15
+        # Whole numbers of kilobytes, and round numbers, are amounts.
+        amount = match[0] == digits and (int(digits) % 1_024 == 0 or int(digits) % 100_000 == 0)
+        return not amount
+
+
+# That everybody uses.
+_NAME_SERVERS = (
+    "8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 208.67.222.222 114.114.114.114 223.5.5.5 223.6.6.6"
+    " 119.29.29.29 180.76.76.76 2001:4860:4860::8888 2606:4700:4700::1111"
+)
+
+
+class _Address(_Kind):
+    """Public IPv4 and IPv6 addresses of machines; not those of networks, and no versions."""
+
+    pattern = r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}|[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}"
+    # No part of a longer address, of a requirement (x==1.2.3.4), or a network (1.2.3.4/24).
+    before = r"(?<![\w.-])(?<![0-9A-Fa-f]:)(?<![=<>~!]=)(?<!== )"
+    after = r"(?!\w|[.-]\w|/\d|:[0-9A-Fa-f]*:)"
+    _VERSION = re.compile(r"(?:version|ver|release|build|版本|v)\W{0,4}$", re.IGNORECASE)
+    _SERVERS = frozenset(_NAME_SERVERS.split())
+
+    def valid(self, match: re.Match) -> bool:
+        try:
+            address = ipaddress.ip_address(match[0])
+        except ValueError:
+            return False
+        if not address.is_global or address.is_multicast or match[0] in self._SERVERS:
+            return False
+        if address.version == 6:
+            return len([group for group in match[0].split(":") if group]) >= 3
+        before = match.string[max(0, match.start() - 16) : match.start()]
+        few_digits = len(match[0]) < 7 + 3  # as versions have
+        return not (few_digits or match[0].endswith(".0") or self._VERSION.search(before))
+
+
+_KINDS = {
+    "email": _Email(), "id": _Identity(), "card": _Card(), "phone": _Phone(), "ip": _Address(),
+}  # fmt: skip

@@ -1,0 +1,65 @@
+"""Turns documents into token shards: deduplicated, filtered, scored, sampled, packed (paper §2.1).
+
+  python -m experiments.prepare_data --config=configs/data.py --workdir=DIR \
+    '--config.sources=zh=/data/zh/*.jsonl.gz,en=/data/en'
+  python -m experiments.pretrain --config=configs/quickstart.py --workdir=runs/mine \
+    --config.data.shards=DIR
+
+Run again with the same --workdir, it goes on from where it was. DIR/report.md tells what was
+dropped and why. On a cluster, with `pip install -e '.[beam]'`, flags of Beam behind --beam:
+
+  ... --runner=dataflow --beam=--project=P,--region=R,--temp_location=gs://B/tmp
+"""
+
+import functools
+import os
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from baichuan_jax.data.prepare import engine
+from baichuan_jax.data.prepare.config import PrepareConfig
+
+# What needs JAX is imported further down: the workers import this file, too, and do without.
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/data.py", "Recipe.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the prepared data goes.", required=True)
+_RUNNER = flags.DEFINE_enum(
+    "runner",
+    "local",
+    ["local", "direct", "dask", "dataflow", "flink", "spark"],
+    "local: processes of this machine; the others: Apache Beam.",
+)
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Local processes.", lower_bound=1)
+_BEAM = flags.DEFINE_list("beam", [], "Further flags of Beam, separated by commas.")
+
+
+def _engine(folder, progress):
+    if _RUNNER.value == "local":
+        return engine.Local(folder, _WORKERS.value, progress)
+    try:
+        from baichuan_jax.data.prepare import beam
+    except ImportError:
+        raise ValueError(
+            f"--runner={_RUNNER.value} needs Apache Beam: pip install -e '.[beam]'."
+        ) from None
+    return beam.Beam(folder, _RUNNER.value, _BEAM.value)
+
+
+def main(_):
+    from baichuan_jax.data.prepare.pipeline import prepare
+    from baichuan_jax.inference.load import load
+    from baichuan_jax.training.metrics import Phases, quiet_logs
+
+    quiet_logs()
+    with Phases() as phases:
+        make_engine = functools.partial(_engine, progress=phases)
+        load_model = functools.partial(load, dtype="float32")
+        report = prepare(_CONFIG.value, _WORKDIR.value, make_engine, load_model)
+    print(f"{report} is written.")
+
+
+if __name__ == "__main__":
+    from experiments.errors import in_one_line, parse_flags
+
+    app.run(in_one_line()(main), flags_parser=functools.partial(parse_flags, config=PrepareConfig))

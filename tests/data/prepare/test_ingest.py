@@ -1,0 +1,237 @@
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from etils import epath
+
+from baichuan_jax.data import embedded, readers, sources
+from baichuan_jax.data.prepare import ingest
+from baichuan_jax.data.prepare.corpus import Corpus
+from baichuan_jax.data.prepare.engine import Local
+from baichuan_jax.data.prepare.ingest import IngestConfig
+from baichuan_jax.data.readers import Origin
+
+SMALL = IngestConfig(shard_bytes=4_000)
+
+
+def texts(number, seed=0):
+    rng = np.random.default_rng(seed)
+    letters = list("abcdefg 中文字")
+    return ["".join(rng.choice(letters, rng.integers(1, 400))) for _ in range(number)]
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A folder with files of several kinds and sizes, and one file more."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl([{"text": t, "lang": "zh"} for t in texts(60)]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(jsonl([{"text": t} for t in texts(9, 1)])))
+    for number, text in enumerate(texts(30, 2)):
+        (folder / f"c{number:02d}.txt").write_text(text)
+    (tmp_path / "more.jsonl").write_bytes(jsonl([{"text": t, "lang": "en"} for t in texts(9, 3)]))
+    return f"mixed={folder},more={tmp_path}/more.jsonl"
+
+
+def run(folder, given, config=SMALL, workers=1):
+    return ingest.run(folder, given, config, Local(folder / "scratch", workers))
+
+
+def tables(folder):
+    paths = sorted((folder / "documents").glob("*.parquet"))
+    assert [path.name for path in paths] == [f"{n:05d}.parquet" for n in range(len(paths))]
+    return [pq.read_table(path) for path in paths]
+
+
+def rows(folder):
+    return [row for table in tables(folder) for row in table.to_pylist()]
+
+
+def rejects(folder):
+    return [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+
+
+def test_the_documents_of_the_sources_in_their_order(given, tmp_path):
+    out = tmp_path / "out"
+    told = run(out, given)
+    expected = list(sources.documents(given))
+    found = rows(out)
+    assert [(r["text"], r["source"], r["language"]) for r in found] == [
+        (d.text, d.source, d.language) for d in expected
+    ]
+    assert found[0]["origin"] == f"{tmp_path}/in/a.jsonl:1"
+    assert found[70]["origin"] == f"{tmp_path}/in/c01.txt"
+    sizes = [sum(len(t.encode()) for t in table["text"].to_pylist()) for table in tables(out)]
+    assert told["shards"] == len(sizes) > 5 and max(sizes) < 4_000 + 1_200
+    assert told["documents"] == len(expected) and told["bytes"] == sum(sizes)
+    assert told["bad_rows"] == 0 and told["reasons"] == {} and rejects(out) == []
+    assert list(told["sources"]) == ["mixed", "more"]
+    assert told["sources"]["more"]["documents"] == 9
+    assert Corpus(str(out)).num_shards() == told["shards"]
+    assert [path.name for path in (out / "documents").iterdir() if path.is_dir()] == []
+
+
+def test_workers_change_nothing(given, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(one, given) == run(two, given, workers=2)
+    names = sorted(p.name for p in (one / "documents").iterdir())
+    assert names == sorted(p.name for p in (two / "documents").iterdir())
+    for name in names:
+        content = [(out / "documents" / name).read_bytes() for out in (one, two)]
+        assert content[0] == content[1]
+
+
+def test_small_files_go_together(tmp_path):
+    sizes = {"a.txt": 10, "b.txt": 50, "c.txt": 60, "d.txt": 500, "e.txt": 1, "f.txt": 99}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "g.jsonl.gz").write_bytes(b"x" * 20)  # holds about four times as much
+    origins = [Origin("s", f"{tmp_path}/{name}") for name in [*sizes, "g.jsonl.gz"]]
+    origins += [Origin("", "embedded:100"), Origin("t", "tfds:x")]
+    found = [[epath.Path(o.path).name for o in group] for group in ingest.groups(origins, 100)]
+    assert found == [
+        ["a.txt", "b.txt"],
+        ["c.txt"],
+        ["d.txt"],
+        ["e.txt", "f.txt"],
+        ["g.jsonl.gz"],
+        ["embedded:100"],
+        ["tfds:x"],
+    ]
+
+
+def test_bad_rows_are_listed_and_the_rest_is_read(given, tmp_path):
+    folder = tmp_path / "in"
+    with (folder / "a.jsonl").open("ab") as file:
+        file.write(b'[1]\n{"text": "\xff"}\n{"text": "' + b"x" * 9_000 + b'"}\n')
+    (folder / "d.txt").write_bytes(b"")
+    (folder / "e.jsonl").write_bytes(b"\n\n")
+    packed = gzip.compress(jsonl([{"text": t} for t in texts(200, 5)]))
+    (folder / "f.jsonl.gz").write_bytes(packed[:-100])
+    out = tmp_path / "out"
+    told = run(out, given, IngestConfig(shard_bytes=4_000, max_row_bytes=8_000))
+    assert told["reasons"] == {
+        "empty file": 2,
+        "not an object": 1,
+        "not UTF-8": 1,
+        "too long": 1,
+        "damaged file": 1,
+    }
+    listed = rejects(out)
+    assert [(epath.Path(r["path"]).name, r["row"], r["reason"]) for r in listed] == [
+        ("a.jsonl", 61, "not an object"),
+        ("a.jsonl", 62, "not UTF-8"),
+        ("a.jsonl", 63, "too long"),
+        ("d.txt", 0, "empty file"),
+        ("e.jsonl", 0, "empty file"),
+        ("f.jsonl.gz", 0, "damaged file"),
+    ]
+    assert listed[0]["preview"] == "[1]" and "a row must be an object" in listed[0]["message"]
+    from_cut = [row for row in rows(out) if "f.jsonl.gz" in row["origin"]]
+    assert 100 < len(from_cut) < 200
+    assert [row["text"] for row in from_cut] == texts(200, 5)[: len(from_cut)]
+    assert told["sources"]["mixed"] == {
+        "documents": 60 + 9 + 30 + len(from_cut),
+        "bytes": told["bytes"] - told["sources"]["more"]["bytes"],
+        "bad_rows": 6,
+    }
+
+
+def test_too_many_bad_rows_stop_the_run_and_nothing_is_lost(tmp_path, monkeypatch):
+    (tmp_path / "good.jsonl").write_bytes(jsonl([{"text": t} for t in texts(80)]))
+    (tmp_path / "bad.jsonl").write_bytes(b"[]\n" * 9 + b"{}\n" * 3 + b'{"text": "x"}\n')
+    given, out = f"s={tmp_path}/*.jsonl", tmp_path / "out"
+    config = IngestConfig(min_bad_rows=11, max_bad_share=0.1)
+    message = (
+        r"12 of 93 rows cannot be read \(9 not an object, 3 no text\).*"
+        r"config\.ingest\.max_bad_share=0\.1.*12, are in \S*/bad\.jsonl;.*rejects\.jsonl"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(out, given, config)
+    assert len(rejects(out)) == 12
+    monkeypatch.setattr(readers, "read", None)  # what was read is not read again
+    config.max_bad_share = 0.2
+    assert run(out, given, config)["documents"] == 81
+    monkeypatch.undo()
+    few = IngestConfig(min_bad_rows=12, max_bad_share=0.1)
+    assert run(tmp_path / "few", given, few)["bad_rows"] == 12
+
+
+def test_a_source_without_documents_is_an_error(tmp_path, given):
+    (tmp_path / "none.jsonl").write_bytes(b"\n")
+    with pytest.raises(ValueError, match="source 'void' holds no document"):
+        run(tmp_path / "out", f"{given},void={tmp_path}/none.jsonl")
+    with pytest.raises(ValueError, match=r"No source.*config\.sources"):
+        run(tmp_path / "out", " ")
+    with pytest.raises(ValueError, match="no such file"):
+        run(tmp_path / "out", f"{tmp_path}/absent.jsonl")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["engine resumes", "engine starts anew"])
+def test_finished_tasks_are_not_done_again(given, tmp_path, monkeypatch, keeps):
+    run(tmp_path / "whole", given)
+    out, read, opened = tmp_path / "out", readers.read, []
+
+    def watched(origin, *arguments):
+        opened.append(origin.path)
+        if len(opened) == 20:
+            raise Killed
+        return read(origin, *arguments)
+
+    monkeypatch.setattr(readers, "read", watched)
+    with pytest.raises(Killed):
+        run(out, given)
+    first = opened.copy()
+    if not keeps:
+        shutil.rmtree(out / "scratch")
+    run(out, given)
+    assert not set(opened[20:]) & {f"{tmp_path}/in/a.jsonl", f"{tmp_path}/in/b.jsonl.gz"}
+    assert set(first) | set(opened[20:]) == {o.path for o in sources.origins(given)}
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+def test_an_interruption_while_shards_get_their_numbers(given, tmp_path, monkeypatch):
+    run(tmp_path / "whole", given)
+    out, replace, moved = tmp_path / "out", type(epath.Path("/")).replace, []
+
+    def killing(path, target):
+        if "documents/0" in str(target):
+            moved.append(target)
+            if len(moved) == 3:
+                raise Killed
+        return replace(path, target)
+
+    monkeypatch.setattr(type(epath.Path("/")), "replace", killing)
+    with pytest.raises(Killed):
+        run(out, given)
+    monkeypatch.undo()
+    monkeypatch.setattr(readers, "read", None)
+    run(out, given)
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+def test_changed_files_are_read_again(given, tmp_path):
+    out = tmp_path / "out"
+    run(out, given)
+    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl([{"text": "short"}]))
+    told = run(out, given)  # and shards that are no longer needed go
+    assert told["shards"] == len(tables(out)) and rows(out)[0]["text"] == "short"
+
+
+def test_the_embedded_corpus(tmp_path):
+    told = run(tmp_path / "out", "embedded:30000", IngestConfig())
+    expected = [(d.text, d.source) for d in embedded.corpus(30_000)]
+    assert [(r["text"], r["source"]) for r in rows(tmp_path / "out")] == expected
+    assert set(told["sources"]) == {source for _, source in expected}
+    assert rows(tmp_path / "out")[0]["origin"] == "embedded:30000:1"

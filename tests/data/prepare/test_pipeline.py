@@ -1,0 +1,222 @@
+"""The whole system on a small corpus: what comes out, resuming, any engine, bad input."""
+
+import collections
+import functools
+import gzip
+import json
+
+import grain
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+
+from baichuan_jax.config import DataConfig
+from baichuan_jax.data import embedded, shards
+from baichuan_jax.data.prepare import engine, pipeline, stages
+from baichuan_jax.data.prepare.config import PrepareConfig
+from baichuan_jax.data.stream import Stream
+
+SECRET = "Write to jane.doe@mail-of-jane.org before noon, she said, and do not forget the keys. "
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    """Documentation, dialogues and code, with copies, near copies and an item of a test."""
+    folder = tmp_path_factory.mktemp("raw")
+    rows = collections.defaultdict(list)
+    for document in embedded.corpus(400_000):
+        rows[document.source].append({"text": document.text, "lang": document.language})
+    docs = rows["docs"]
+    docs += [
+        dict(docs[3]),
+        dict(docs[3]),
+        {"text": docs[5]["text"] + " And one more.", "lang": "en"},
+    ]
+    docs[7]["text"] = SECRET + docs[7]["text"]
+    docs.append({"text": "", "lang": "en"})
+    for name, items in rows.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    words = docs[9]["text"].split()
+    item = {"question": " ".join(words[:60]), "answer": "B"}
+    (folder / "exam.jsonl").write_text(json.dumps(item))
+    return folder
+
+
+def config_of(raw, **more):
+    config = PrepareConfig()
+    config.sources = ",".join(
+        f"{name}={raw / name}.jsonl.gz" for name in ("docs", "python", "dialogue")
+    )
+    config.vocab_size = 1_200
+    config.tokens.sequence_length = 128
+    config.tokens.eval_fraction = 0.05
+    config.ingest.shard_bytes = 60_000
+    config.decontaminate.against = str(raw / "exam.jsonl")
+    for name, value in more.items():
+        setattr(config, name, value)
+    return config
+
+
+def local(folder, workers=1):
+    return engine.Local(folder, workers)
+
+
+@pytest.fixture(scope="session")
+def prepared(raw, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("prepared")
+    pipeline.prepare(config_of(raw), workdir, local)
+    return workdir
+
+
+def contents(workdir):
+    """All that a run leaves and that is not a time: tables, rows of tokens, counts."""
+    found = {}
+    for path in sorted(workdir.glob("*/**/*.parquet")):
+        found[str(path.relative_to(workdir))] = pq.read_table(path).to_pydict()
+    for path in sorted(workdir.glob("stages/*.json")):
+        record = json.loads(path.read_text())
+        found[path.name] = record["counts"], record["fingerprint"]
+    manifest = json.loads((workdir / "shards" / "manifest.json").read_text())
+    found["sets"] = manifest["sets"]
+    found["tokenizer"] = (workdir / "tokenizer.model").read_bytes()
+    return found
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_equal(a[name], b[name], err_msg=name)
+
+
+def records(workdir):
+    return {
+        path.stem: json.loads(path.read_text()) for path in sorted(workdir.glob("stages/*.json"))
+    }
+
+
+def dropped(record):
+    return {reason: documents for reason, documents, _ in record["counts"]["reasons"]}
+
+
+def test_each_stage_does_its_part(prepared):
+    found = records(prepared)
+    assert dropped(found["exact"]) == {"exact duplicate": 2}
+    assert dropped(found["documents"])["near duplicate"] >= 1
+    assert sum(dropped(found["decontaminate"]).values()) >= 1
+    texts = [
+        text
+        for path in prepared.glob("attributes/*/*.parquet")
+        for text in (pq.read_table(path).to_pydict().get("text") or [])
+        if text
+    ]
+    assert any("<EMAIL> before noon" in text for text in texts)
+    kept = [sum(row[3] for row in record["counts"]["sets"]) for record in found.values()]
+    assert min(kept) > 0
+
+
+def test_the_loader_grain_and_tfds_read_the_shards(prepared):
+    manifest = shards.load(prepared / "shards", tokenizer=None, sequence_length=128)
+    stream = Stream(manifest, "train", DataConfig(sequence_length=128))
+    batch = stream.rows(range(8))
+    assert batch["mask_BT"].any(axis=1).all()
+    name, parts = next((n, p) for n, p in manifest.sets.items() if p["train"].rows)
+    by_grain = grain.sources.ArrayRecordDataSource([str(p) for p in manifest.paths(name, "train")])
+    by_tfds = tfds.builder_from_directory(manifest.directory / name).as_data_source("train")
+    assert len(by_grain) == len(by_tfds) == parts["train"].rows
+    assert np.array_equal(shards.decode_row(by_grain[0])["tokens"], by_tfds[0]["tokens"])
+
+
+def test_two_workers_give_the_same(raw, prepared, tmp_path):
+    pipeline.prepare(config_of(raw), tmp_path, functools.partial(local, workers=2))
+    same(contents(tmp_path), contents(prepared))
+
+
+class Killed(BaseException):
+    pass
+
+
+class Mortal:
+    """An engine that dies at its nth chain."""
+
+    def __init__(self, inner, life):
+        self._inner, self._life = inner, life
+
+    def run(self, name, items, *functions):
+        if self._life[0] == 0:
+            raise Killed
+        self._life[0] -= 1
+        return self._inner.run(name, items, *functions)
+
+
+def test_goes_on_after_a_kill_anywhere(raw, prepared, tmp_path):
+    deaths = 0
+    while True:
+        life = [5]  # chains until the next death; no stage has more
+        try:
+            pipeline.prepare(config_of(raw), tmp_path, lambda f: Mortal(local(f), life))  # noqa: B023
+            break
+        except Killed:
+            deaths += 1
+            assert deaths < 30
+    assert deaths > 3
+    same(contents(tmp_path), contents(prepared))
+
+
+def test_a_changed_setting_runs_its_stage_and_the_later_ones_again(raw, prepared, tmp_path):
+    import shutil
+
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    before = records(tmp_path)
+    config = config_of(raw)
+    config.documents.threshold = 0.9
+    pipeline.prepare(config, tmp_path, local)
+    after = records(tmp_path)
+    names = [stage.name for stage in stages.stages(config, tmp_path)]
+    changed = [name for name in names if before[name] != after[name]]
+    assert changed == names[names.index("documents") :]
+
+
+def test_a_source_that_loses_nearly_all_stops_the_run(raw, tmp_path):
+    text = json.dumps({"text": "The same words, over and over, in each of these documents. " * 9})
+    (tmp_path / "copies.jsonl").write_text("\n".join([text] * 40))
+    config = config_of(raw)
+    config.sources += f",copies={tmp_path / 'copies.jsonl'}"
+    with pytest.raises(ValueError, match=r"'copies' has lost 97\.5% .* config\.max_source_loss"):
+        pipeline.prepare(config, tmp_path / "work", local)
+    config.max_source_loss = 1.0
+    pipeline.prepare(config, tmp_path / "work", local)
+
+
+def test_bad_rows_are_listed_and_the_rest_goes_on(raw, tmp_path):
+    good = [json.dumps({"text": f"Row {n}. {SECRET * 3}{n} {n * n}"}) for n in range(30)]
+    lines = [line.encode() for line in good]
+    lines[5:5] = [b'["no object"]', b'{"words": 1}', b'{"text": "\xff"}', b"{", b'{"text": 5}']
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "empty.jsonl").touch()
+    cut = gzip.compress(("\n".join(good) + "\n").encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(cut[:-20])
+    config = config_of(raw)
+    config.sources += f",bad={tmp_path / 'bad.jsonl'},rest={tmp_path / '[ec]*.jsonl*'}"
+    config.max_source_loss = 1.0
+    work = tmp_path / "work"
+    pipeline.prepare(config, work, local)
+    rejects = [json.loads(line) for line in (work / "rejects.jsonl").read_text().splitlines()]
+    places = {(reject["path"].rsplit("/", 1)[-1], reject["row"]) for reject in rejects}
+    assert {("bad.jsonl", row) for row in range(6, 11)} < places
+    assert {name for name, _ in places} == {"bad.jsonl", "empty.jsonl", "cut.jsonl.gz"}
+    assert "bad.jsonl" in (work / "report.md").read_text()
+
+
+def test_a_misspelt_stage_and_no_sources(raw, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.skip: 'dedup' is none of language, exact"):
+        pipeline.prepare(config_of(raw, skip="dedup"), tmp_path, local)
+    with pytest.raises(ValueError, match=r"config\.sources"):
+        pipeline.prepare(config_of(raw, sources=""), tmp_path, local)
+
+
+def test_stages_can_be_left_out(raw, tmp_path):
+    config = config_of(raw, skip="clean,sentences,spans,clusters")
+    pipeline.prepare(config, tmp_path, local)
+    assert not {"clean", "sentences", "spans", "clusters"} & set(records(tmp_path))
