@@ -11,16 +11,16 @@ from baichuan_jax.data.prepare.corpus import Corpus
 from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
 
 
-def count(corpus: Corpus, engine: Engine) -> dict[str, list]:
-    """What is kept after the last stage, and what that stage dropped.
+def count(corpus: Corpus, stage: str, engine: Engine) -> dict[str, list]:
+    """What is kept of a corpus, and what one of its stages dropped.
 
     Returns:
       'sets': [source, language, documents, UTF-8 bytes] of what is kept; 'reasons':
-      [reason, documents, UTF-8 bytes] of what the last stage dropped.
+      [reason, documents, UTF-8 bytes] of what the stage dropped.
     """
     totals = {name: collections.defaultdict(lambda: [0, 0]) for name in ("sets", "reasons")}
     shards = range(corpus.num_shards())
-    for _, block in engine.run("count", shards, functools.partial(_count, corpus)):
+    for _, block in engine.run("count", shards, functools.partial(_count, corpus, stage)):
         for name, rows in of_json(block).items():
             for *key, documents, size in rows:
                 total = totals[name][tuple(key)]
@@ -32,12 +32,12 @@ def count(corpus: Corpus, engine: Engine) -> dict[str, list]:
     }
 
 
-def _count(corpus: Corpus, shard: int) -> Iterator[tuple[Key, Block]]:
+def _count(corpus: Corpus, stage: str, shard: int) -> Iterator[tuple[Key, Block]]:
     table = corpus.read_all(shard, "text", "source", "language", "stage")
     size = pc.cast(pc.binary_length(table["text"]), pa.int64())
     table = table.append_column("size", size)
     kept = table.filter(pc.is_null(table["reason"]))
-    dropped = table.filter(pc.equal(table["stage"], corpus.stages[-1] if corpus.stages else ""))
+    dropped = table.filter(pc.equal(table["stage"], stage))
     sets, reasons = _sums(kept, ["source", "language"]), _sums(dropped, ["reason"])
     yield (shard,), as_json({"sets": sets, "reasons": reasons})
 

@@ -83,12 +83,13 @@ def _run(
     engine, began = make_engine(scratch), time.monotonic()
     told = stage.run(corpus, engine)
     seconds = time.monotonic() - began
+    after = corpus.after(stage.name) if stage.attributes else corpus
     record = {
         "name": stage.name,
         "fingerprint": fingerprint,
         "seconds": seconds,
         "told": told,
-        "counts": count(corpus.after(stage.name) if stage.attributes else corpus, engine),
+        "counts": count(after, stage.name, engine),
     }
     with whole(workdir / "stages" / f"{stage.name}.json") as partial:
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False))

@@ -130,7 +130,7 @@ _SIGNS = {
     _LEADER: ".…·⋯",
     _EXCLAIMED: "!?！？",
     _SEPARATES: ",，;|｜",
-    _MARKUP: "`$\\{}<>=_",
+    _MARKUP: "`$\\{}<=_",
     _BAR: "|",
     _STOP: ".!?。！？…；",
     _NEWLINE: "\n\r\v\f\x85\u2028\u2029",

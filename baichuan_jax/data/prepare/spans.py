@@ -66,9 +66,9 @@ def run(
 ) -> dict[str, Any]:
     """Cuts paragraphs and sentences that an earlier document, by its id, has.
 
-    It writes `text` (where something was cut); `reason`; and `repeated_share` (float32: the
-    part of a document's letters and digits in spans that other documents have, earlier or
-    later ones, before the cut; null where the document takes no part).
+    It writes `text` (where something was cut); `reason`; and `repeated_share` (float32; null
+    where the document takes no part): of what is left of a document's letters and digits, the
+    part in spans that stay in other documents, too, because they are too short to be cut.
 
     Args:
       corpus: the documents as this stage finds them.
@@ -199,7 +199,7 @@ class Edited:
 
     texts: list[str | None]  # null: nothing is cut
     lost: np.ndarray  # float64 [N]: the share of letters and digits that is cut
-    repeated: np.ndarray  # float32 [N]: the share in repeated spans
+    repeated: np.ndarray  # float32 [N]: of what is left, the share that other texts keep, too
     characters: np.ndarray  # int64 [2], of any kind: repeated, cut
     largest: list[dict[str, Any]]  # frequent paragraphs that are here first
 
@@ -229,9 +229,10 @@ def edit(
     again = found.covered(several)
     drop = found.covered(several & ~first & found.long)
     drop = lines.rounded(drop, joined, found.lines, config.min_characters)
-    of_all, repeated, cut = (
-        np.bincount(row, sentences.sizes * chosen, len(rows))
-        for chosen in (np.ones(len(drop), bool), again, drop)
+    # What may be cut stays in one document, so where it stays it is no repetition any more.
+    shared = found.covered(several & ~found.long) & ~found.covered(several & found.long) & ~drop
+    left, repeated, cut = (
+        np.bincount(row, sentences.sizes * chosen, len(rows)) for chosen in (~drop, shared, drop)
     )
     lengths = sentences.ends - sentences.starts
     here = np.flatnonzero((several & first & found.long)[: found.paragraphs])
@@ -244,8 +245,8 @@ def edit(
         largest.append({"documents": int(documents[n]), "text": example[:200]})
     return Edited(
         texts=lines.cut(joined, found.lines, drop),
-        lost=cut / np.maximum(of_all, 1),
-        repeated=(repeated / np.maximum(of_all, 1)).astype(np.float32),
+        lost=cut / np.maximum(left + cut, 1),
+        repeated=(repeated / np.maximum(left, 1)).astype(np.float32),
         characters=np.array([lengths[again].sum(), lengths[drop].sum()]),
         largest=largest,
     )
