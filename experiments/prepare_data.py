@@ -1,9 +1,9 @@
 """Turns documents into token shards: deduplicated, filtered, scored, sampled, packed (paper §2.1).
 
-  python -m experiments.prepare_data --config=configs/data.py --workdir=DIR \
-    '--config.sources=zh=/data/zh/*.jsonl.gz,en=/data/en'
+  python -m experiments.prepare_data --workdir=DIR --config.vocab_size=8192 \
+    '--config.sources=zh=/data/zh/*.jsonl.gz,en=/data/en' --config.tokens.sequence_length=256
   python -m experiments.pretrain --config=configs/quickstart.py --workdir=runs/mine \
-    --config.data.shards=DIR
+    --config.data.shards=DIR --config.model.vocab_size=8192
 
 Run again with the same --workdir, it goes on from where it was. DIR/report.md tells what was
 dropped and why. On a cluster, with `pip install -e '.[beam]'`, flags of Beam behind --beam:

@@ -253,10 +253,13 @@ class Progress:
 
 
 class Phases:
-    """A progress line for each phase of some work; a context manager, called as it goes on."""
+    """A progress line for each phase that takes long; a context manager, called as it goes on."""
+
+    PATIENCE = 2.0  # seconds without a line
 
     def __init__(self):
         self._name: str | None = None
+        self._began = 0.0
         self._line: Progress | None = None
 
     def __enter__(self) -> "Phases":
@@ -265,14 +268,17 @@ class Phases:
     def __exit__(self, *_) -> None:
         if self._line:
             self._line.close()
+            self._line = None
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """Tells how much of a phase is done; another name ends the phase before."""
         if name != self._name:
             self.__exit__()
-            self._name, self._line = name, Progress(name, total, unit="part")
-        self._line.update(done)
-
+            self._name, self._began = name, time.monotonic()
+        if not self._line and time.monotonic() - self._began > self.PATIENCE:
+            self._line = Progress(name, total, unit="part")
+        if self._line:
+            self._line.update(done)
 
 
 def _count(x: float) -> str:

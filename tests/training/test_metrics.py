@@ -11,7 +11,7 @@ import pytest
 
 from baichuan_jax.config import ModelConfig
 from baichuan_jax.training import metrics
-from baichuan_jax.training.metrics import MetricsWriter, Progress, plot, read_metrics
+from baichuan_jax.training.metrics import MetricsWriter, Phases, Progress, plot, read_metrics
 
 BAICHUAN_2_7B = ModelConfig()
 BAICHUAN_2_13B = ModelConfig(
@@ -141,6 +141,18 @@ def test_progress_prints_a_line_every_ten_seconds(clock):
     assert lines[1] == "train      130/256  loss 5.419  12.3k tok/s  2:06 left"
     assert len(lines) == 1 + 13 + 1
     assert lines[-1] == "train      256/256  loss 5.407  12.3k tok/s  took 2:17"
+
+
+def test_only_phases_that_take_long_have_a_line(clock, capsys):
+    with Phases() as phases:
+        for done in range(3):
+            phases("quick", done, 2)
+            clock.seconds += 0.5
+        for done in range(9):
+            phases("slow", done, 8)
+            clock.seconds += 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["slow       3/8", "slow       8/8  1 part/s  took 0:06"]
 
 
 def test_progress_without_a_total_shows_its_own_rate(clock):

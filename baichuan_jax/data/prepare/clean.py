@@ -78,7 +78,7 @@ class CodeRules:
     max_mean_line: float = _rule(150.0, "code: long lines")
     min_letters: float = _rule(0.25, "code: few letters")
     max_blobs: float = _rule(0.3, "code: data")
-    max_generated: float = _rule(0.5, "code: generated")  # 1 where its head says so
+    max_generated: bool = _rule(False, "code: generated")  # what its head says
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ class CleanConfig:
 _ENDS = ".!?:;,\"')。！？：；，、…”’）」』》"
 _BULLETS = "*-+•●○■□▪‣◦·►–"
 _CP1252 = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
-BATCH = 1 << 19  # characters; the regular expressions are compiled anew for each batch
+_LARGE_BATCH = 1 << 21  # characters; the regular expressions are compiled anew for each
 _SHORT_LINE = 30  # visible characters
 # From where on it can be asked: for shares of lines, for grammar (Han, kana), for a top n-gram.
 _ENOUGH_LINES, _ENOUGH_HAN, _ENOUGH_TOKENS = 5, 200, 50
@@ -200,43 +200,106 @@ def clean(documents: pa.Table, config: CleanConfig) -> pa.Table:
     """
     texts = pc.fill_null(documents["text"], "").combine_chunks()
     languages = np.array(pc.fill_null(documents["language"], language.UNKNOWN).to_pylist(), object)
-    parts = list(text.batches(texts, BATCH)) or [slice(0, 0)]
-    return pa.concat_tables(_clean(texts[part], languages[part], config) for part in parts)
+    results = []
+    for large in list(text.batches(texts, _LARGE_BATCH)) or [slice(0, 0)]:
+        of_batch = texts[large], languages[large]
+        parts = list(text.batches(of_batch[0])) or [slice(0, 0)]
+        batches = [_Batch.of(*(values[part] for values in of_batch)) for part in parts]
+        cuts = _boilerplate(batches) if config.cut_lines else [None] * len(batches)
+        generated = _generated(*of_batch)
+        results += [
+            _judge(batch, cut, generated[part], config)
+            for batch, cut, part in zip(batches, cuts, parts, strict=True)
+        ]
+    return pa.concat_tables(results)
 
 
-def _clean(texts: pa.StringArray, languages: np.ndarray, config: CleanConfig) -> pa.Table:
-    joined = text.join(texts)
-    lines = Pieces.of(joined, text.paragraphs(joined))
-    code = languages == language.CODE
-    rows = lines.spans.rows
-    cut = np.zeros(len(lines.visible), bool)
-    if config.cut_lines:
-        short = (lines.visible <= _LONGEST_BOILERPLATE) & (lines.spans.sizes > 0)
-        short = np.flatnonzero(short & ~np.repeat(code, np.diff(rows)))
-        found = strings(joined.codes, lines.starts[short], lines.ends[short])
-        cut[short] = pc.match_substring_regex(found, _BOILERPLATE).to_numpy(zero_copy_only=False)
-    features = _line_features(joined.codes, lines, cut) | _token_features(joined, languages)
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Texts, and what is in them."""
+
+    texts: pa.StringArray
+    languages: np.ndarray
+    joined: text.Joined
+    tokens: text.Tokens
+    lines: Pieces
+
+    @classmethod
+    def of(cls, texts: pa.StringArray, languages: np.ndarray) -> "_Batch":
+        joined = text.join(texts)
+        tokens = text.tokens(joined)
+        return cls(texts, languages, joined, tokens, Pieces.of(joined, _lines(joined, tokens)))
+
+
+def _lines(joined: text.Joined, tokens: text.Tokens) -> text.Spans:
+    """Lines as those of `text.paragraphs`, of the tokens that are there already."""
+    newline = joined.codes == ord("\n")
+    starts = np.flatnonzero(newline[:-1] & ~newline[1:]) + 1
+    starts = np.union1d(starts, joined.starts[:-1][np.diff(joined.starts) > 0])
+    ends = np.append(starts[1:], len(newline))[: len(starts)]
+    first = np.searchsorted(tokens.starts, np.append(starts, len(newline)))
+
+    def sums(values):
+        running = np.append(np.zeros(1, values.dtype), np.cumsum(values, dtype=values.dtype))
+        return running[first[1:]] - running[first[:-1]]
+
+    # sum of hash · (1 + place in the line) modulo 2^64: other words, or another order, differ.
+    places = np.arange(1, len(tokens.hashes) + 1, dtype=np.uint64)
+    hashes = sums(tokens.hashes * places) - sums(tokens.hashes) * first[:-1].astype(np.uint64)
+    sizes = sums(tokens.ends - tokens.starts)
+    return text.Spans(starts, ends, hashes, sizes, np.searchsorted(starts, joined.starts))
+
+
+def _boilerplate(batches: list[_Batch]) -> list[np.ndarray]:
+    """Which lines are what is left of a page's frame, bool [L] for each batch."""
+    cuts, short, found = [], [], []
+    for batch in batches:
+        lines = batch.lines
+        prose = np.repeat(batch.languages != language.CODE, np.diff(lines.spans.rows))
+        few = (lines.visible <= _LONGEST_BOILERPLATE) & (lines.spans.sizes > 0)
+        short.append(np.flatnonzero(few & prose))
+        chosen = lines.starts[short[-1]], lines.ends[short[-1]]
+        found.append(strings(batch.joined.codes, *chosen))
+        cuts.append(np.zeros(len(few), bool))
+    matches = np.asarray(pc.match_substring_regex(pa.chunked_array(found), _BOILERPLATE))
+    bounds = np.cumsum([len(places) for places in short])[:-1]
+    for cut, places, matched in zip(cuts, short, np.split(matches, bounds), strict=True):
+        cut[places] = matched
+    return cuts
+
+
+def _generated(texts: pa.StringArray, languages: np.ndarray) -> np.ndarray:
+    """Whether the head of a file of code says that a program wrote it, bool [N]."""
+    generated = languages == language.CODE
+    if generated.any():
+        heads = pc.utf8_slice_codeunits(texts.filter(pa.array(generated)), 0, _GENERATED_HEAD)
+        generated[generated] = pc.match_substring_regex(heads, _GENERATED)
+    return generated
+
+
+def _judge(
+    batch: _Batch, cut: np.ndarray | None, generated: np.ndarray, config: CleanConfig
+) -> pa.Table:
+    joined, lines, languages = batch.joined, batch.lines, batch.languages
+    cut = np.zeros(len(lines.visible), bool) if cut is None else cut
+    features = _line_features(joined.codes, lines, cut) | _token_features(batch.tokens, languages)
     features["garbled"] += _misread(joined) / np.maximum(features["visible"], 1)
-    features["generated"] = np.zeros(len(texts))
-    if code.any():
-        heads = pc.utf8_slice_codeunits(texts.filter(pa.array(code)), 0, _GENERATED_HEAD)
-        features["generated"][code] = pc.match_substring_regex(heads, _GENERATED)
-    unspaced = np.isin(languages, UNSPACED)
-    reasons = np.full(len(texts), None)
+    features["generated"] = generated
+    reasons = np.full(len(languages), None)
     for rules, where in (
-        (config.all, np.ones(len(texts), bool)),
-        (config.characters, unspaced),
+        (config.all, np.ones(len(languages), bool)),
+        (config.characters, np.isin(languages, UNSPACED)),
         (config.words, np.isin(languages, list(language.WORDS))),
-        (config.code, code),
+        (config.code, languages == language.CODE),
     ):
         _apply(rules, features, where, reasons)
-    edited = text.without(joined, lines.spans, cut) if cut.any() else [None] * len(texts)
+    edited = text.without(joined, lines.spans, cut) if cut.any() else [None] * len(languages)
     shares = ("symbols", "garbled", "duplicate_lines", "duplicate_ngrams")
     return pa.table(
         {
             "reason": pa.array(reasons, pa.string()),
             "text": pa.array(edited, pa.string()),
-            "cut_lines": pa.array(totals(cut, rows), pa.uint32()),
+            "cut_lines": pa.array(totals(cut, lines.spans.rows), pa.uint32()),
             **{
                 f"{name.removesuffix('s')}_share": pa.array(features[name], pa.float32())
                 for name in shares
@@ -304,9 +367,8 @@ def _line_features(codes: np.ndarray, lines: Pieces, cut: np.ndarray) -> dict[st
     }
 
 
-def _token_features(joined: text.Joined, languages: np.ndarray) -> dict[str, np.ndarray]:
+def _token_features(tokens: text.Tokens, languages: np.ndarray) -> dict[str, np.ndarray]:
     """Features of the tokens, float [N] each."""
-    tokens = text.tokens(joined)
     number = np.maximum(np.diff(tokens.rows), 1)
     repeats, _ = _ngrams(tokens, 10, np.full(len(number), 2))
     # A phrase that is said less often is not looked for, nor any in a text of few tokens.

@@ -36,7 +36,7 @@ class IngestConfig:
     text_field: str = "text"
     language_field: str = "lang"
     tfds_data_dir: str = ""  # where the TFDS datasets are; empty: TFDS's own default
-    max_row_bytes: int = 1 << 26  # a longer row is a bad one
+    max_row_bytes: int = 1 << 24  # a longer row is a bad one; a text takes 50 times its size
     shard_bytes: int = 1 << 26  # of text in one shard, before compression
     max_bad_share: float = 0.05  # of the rows; more of them stop the run
     min_bad_rows: int = 20  # so many may be bad whatever their share

@@ -64,7 +64,7 @@ WORDS = {
     "bg": "и на в да за не се от с е по са че като до при към който това но",
 }
 _NUMBER_SHIFT = np.uint64(48)
-_WORDS_SAMPLE = 4_096  # characters; enough to tell languages apart
+_WORDS_SAMPLE = 1_024  # characters; enough to tell languages apart
 
 
 @dataclasses.dataclass

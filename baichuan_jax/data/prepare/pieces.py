@@ -42,7 +42,7 @@ class Pieces:
     @classmethod
     def of(cls, joined: text.Joined, spans: text.Spans) -> "Pieces":
         """Counts in one pass; the spans tile the texts, as those of `text` do."""
-        kinds = _class_table()[joined.codes]
+        kinds = _class_table().take(joined.codes)
         size, number = GARBLED + 1, len(spans.starts)
         cells = np.repeat(np.arange(number) * size, spans.ends - spans.starts)
         cells += kinds

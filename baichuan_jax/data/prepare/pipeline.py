@@ -73,13 +73,14 @@ def prepare(
 def _run(
     stage: Stage, corpus: Corpus, workdir: epath.Path, fingerprint: str, make_engine: MakeEngine
 ) -> dict:
+    path = workdir / "stages" / f"{stage.name}.json"
+    path.unlink(missing_ok=True)  # of other settings, whose results go now
     scratch = workdir / "scratch" / f"{stage.name}-{fingerprint[:16]}"
     if not scratch.exists():  # so what is there is not of this very stage, interrupted
         for old in (workdir / stage.folder, *(workdir / "scratch").glob(f"{stage.name}-*")):
             if old.exists():
                 old.rmtree()
         scratch.mkdir(parents=True)
-    logging.info("Stage %s.", stage.name)
     engine, began = make_engine(scratch), time.monotonic()
     told = stage.run(corpus, engine)
     seconds = time.monotonic() - began
@@ -91,7 +92,11 @@ def _run(
         "told": told,
         "counts": count(after, stage.name, engine),
     }
-    with whole(workdir / "stages" / f"{stage.name}.json") as partial:
+    sets = record["counts"]["sets"]
+    documents, megabytes = sum(row[2] for row in sets), sum(row[3] for row in sets) / 1e6
+    left = f"{stage.name}: {documents:,} documents of {megabytes:,.2f} MB are left"
+    logging.info("%s (%.1f s).", left, seconds)
+    with whole(path) as partial:
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False))
     scratch.rmtree()
     return record

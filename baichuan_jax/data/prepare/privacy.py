@@ -11,6 +11,7 @@ and card numbers only.
 import dataclasses
 import datetime
 import ipaddress
+import itertools
 import re
 
 import numpy as np
@@ -50,19 +51,17 @@ def mask(documents: pa.Table, config: PrivacyConfig) -> pa.Table:
         raise ValueError(f"config.placeholder={config.placeholder!r} has no {{}} for the kind.")
     texts = pc.fill_null(documents["text"], "").combine_chunks()
     prose = np.not_equal(documents["language"].to_numpy(), language.CODE)
-    # Arrow finds the few texts that may have one, fast; Python then decides.
     numbers = _matches(texts, _NUMBERS)
     edited: dict[int, str] = {}
     masked = {}
     for name, kind in _KINDS.items():
         counts = np.zeros(len(texts), np.uint32)
         if name in kinds:
-            looked_at = (prose | kind.in_code) & (numbers | (name == "email"))
-            for n in np.flatnonzero(looked_at)[_matches(texts.filter(looked_at), kind.pattern)]:
-                before = edited[n] if n in edited else texts[n].as_py()
-                after, counts[n] = kind.mask(before, config.placeholder.format(name.upper()))
-                if counts[n]:
-                    edited[n] = after
+            likely = np.flatnonzero((prose | kind.in_code) & (numbers | (name == "email")))
+            likely = likely[_matches(texts.take(likely), kind.pattern)].tolist()
+            before = [edited[n] if n in edited else texts[n].as_py() for n in likely]
+            after, counts[likely] = kind.mask(before, config.placeholder.format(name.upper()))
+            edited |= {n: text for n, text in zip(likely, after, strict=True) if counts[n]}
         masked[f"masked_{name}"] = pa.array(counts)
     return pa.table(
         {
@@ -96,17 +95,22 @@ class _Kind:
     def valid(self, match: re.Match) -> bool:
         raise NotImplementedError
 
-    def mask(self, text: str, placeholder: str) -> tuple[str, int]:
-        count = 0
-
-        def replace(match: re.Match) -> str:
-            nonlocal count
-            if not self.valid(match):
-                return match[0]
-            count += 1
-            return placeholder
-
-        return self._expression.sub(replace, text), count
+    def mask(self, texts: list[str], placeholder: str) -> tuple[list[str], list[int]]:
+        """The texts, masked, and how often each of them was."""
+        lines = [text.split("\n") for text in texts]
+        counts = [0] * len(texts)
+        row = np.repeat(np.arange(len(texts)), [len(of_text) for of_text in lines])
+        first = np.searchsorted(row, np.arange(len(texts)))
+        # Arrow finds the few lines that may have one, fast; Python then decides.
+        every = pa.array(itertools.chain.from_iterable(lines), pa.string())
+        for place in np.flatnonzero(_matches(every, self.pattern)):
+            of_text, line = int(row[place]), int(place - first[row[place]])
+            found = filter(self.valid, self._expression.finditer(lines[of_text][line]))
+            for match in reversed(list(found)):
+                before, after = match.string[: match.start()], lines[of_text][line][match.end() :]
+                lines[of_text][line] = f"{before}{placeholder}{after}"
+                counts[of_text] += 1
+        return ["\n".join(of_text) for of_text in lines], counts
 
 
 # Beside those of countries.

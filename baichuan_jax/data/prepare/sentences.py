@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from baichuan_jax.data.prepare import language, text
-from baichuan_jax.data.prepare.clean import BATCH
 from baichuan_jax.data.prepare.linear import Linear
 from baichuan_jax.data.prepare.pieces import (
     FUNCTION_CHARACTERS,
@@ -60,7 +59,7 @@ def sentences(documents: pa.Table, config: SentencesConfig) -> pa.Table:
     """
     texts = pc.fill_null(documents["text"], "").combine_chunks()
     languages = np.array(pc.fill_null(documents["language"], language.UNKNOWN).to_pylist(), object)
-    parts = list(text.batches(texts, BATCH)) or [slice(0, 0)]
+    parts = list(text.batches(texts, _BATCH)) or [slice(0, 0)]
     return pa.concat_tables(_sentences(texts[part], languages[part], config) for part in parts)
 
 
@@ -105,6 +104,7 @@ def _classifier(path: str) -> Linear:
     return Linear.load(path)
 
 
+_BATCH = 1 << 19  # characters; the regular expressions are compiled anew for each
 # A short sentence that is all of this is an invitation to read on.
 _MORE = (
     r"(?i)^[\[(（【>»\s-]*(?:(?:read|see|view|show|load|learn|discover|find out) more"

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="needs the extra `beam`")
 
-from baichuan_jax.data.prepare import beam, engine
+from baichuan_jax.data.prepare import beam, engine, pipeline
 from tests.data.prepare import test_engine as chain
+from tests.data.prepare.small import config_of, contents, same
 
 
 @pytest.fixture(params=["direct", "dask"])
@@ -36,6 +37,12 @@ def big(item):
 def whole_blocks(key, blocks):
     yield (0,), np.array([len(block) for block in blocks])
     yield (0,), np.array([block.sum() for block in blocks])
+
+
+def test_the_whole_system(raw, prepared, tmp_path, options):
+    runner, more = options
+    pipeline.prepare(config_of(raw), tmp_path, lambda f: beam.Beam(f, runner, more))
+    same(contents(tmp_path), contents(prepared))
 
 
 def test_large_blocks_arrive_whole(tmp_path):

@@ -338,7 +338,7 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
     together = clean.clean(table(texts, languages), CleanConfig())
     alone = [clean.clean(table([d], [k]), CleanConfig()) for d, k in documents]
     assert together == pa.concat_tables(alone)
-    monkeypatch.setattr(clean, "BATCH", 700)
+    monkeypatch.setattr(clean, "_LARGE_BATCH", 700)
     assert (
         clean.clean(table(texts, languages), CleanConfig()).combine_chunks()
         == together.combine_chunks()

@@ -1,9 +1,9 @@
 """The whole system on a small corpus: what comes out, resuming, any engine, bad input."""
 
-import collections
 import functools
 import gzip
 import json
+import shutil
 
 import grain
 import numpy as np
@@ -12,82 +12,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from baichuan_jax.config import DataConfig
-from baichuan_jax.data import embedded, shards
-from baichuan_jax.data.prepare import engine, pipeline, stages
-from baichuan_jax.data.prepare.config import PrepareConfig
+from baichuan_jax.data import shards
+from baichuan_jax.data.prepare import pipeline, stages
 from baichuan_jax.data.stream import Stream
-
-SECRET = "Write to jane.doe@mail-of-jane.org before noon, she said, and do not forget the keys. "
-
-
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory):
-    """Documentation, dialogues and code, with copies, near copies and an item of a test."""
-    folder = tmp_path_factory.mktemp("raw")
-    rows = collections.defaultdict(list)
-    for document in embedded.corpus(400_000):
-        rows[document.source].append({"text": document.text, "lang": document.language})
-    docs = rows["docs"]
-    docs += [
-        dict(docs[3]),
-        dict(docs[3]),
-        {"text": docs[5]["text"] + " And one more.", "lang": "en"},
-    ]
-    docs[7]["text"] = SECRET + docs[7]["text"]
-    docs.append({"text": "", "lang": "en"})
-    for name, items in rows.items():
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    words = docs[9]["text"].split()
-    item = {"question": " ".join(words[:60]), "answer": "B"}
-    (folder / "exam.jsonl").write_text(json.dumps(item))
-    return folder
-
-
-def config_of(raw, **more):
-    config = PrepareConfig()
-    config.sources = ",".join(
-        f"{name}={raw / name}.jsonl.gz" for name in ("docs", "python", "dialogue")
-    )
-    config.vocab_size = 1_200
-    config.tokens.sequence_length = 128
-    config.tokens.eval_fraction = 0.05
-    config.ingest.shard_bytes = 60_000
-    config.decontaminate.against = str(raw / "exam.jsonl")
-    for name, value in more.items():
-        setattr(config, name, value)
-    return config
-
-
-def local(folder, workers=1):
-    return engine.Local(folder, workers)
-
-
-@pytest.fixture(scope="session")
-def prepared(raw, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("prepared")
-    pipeline.prepare(config_of(raw), workdir, local)
-    return workdir
-
-
-def contents(workdir):
-    """All that a run leaves and that is not a time: tables, rows of tokens, counts."""
-    found = {}
-    for path in sorted(workdir.glob("*/**/*.parquet")):
-        found[str(path.relative_to(workdir))] = pq.read_table(path).to_pydict()
-    for path in sorted(workdir.glob("stages/*.json")):
-        record = json.loads(path.read_text())
-        found[path.name] = record["counts"], record["fingerprint"]
-    manifest = json.loads((workdir / "shards" / "manifest.json").read_text())
-    found["sets"] = manifest["sets"]
-    found["tokenizer"] = (workdir / "tokenizer.model").read_bytes()
-    return found
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_equal(a[name], b[name], err_msg=name)
+from tests.data.prepare.small import SECRET, config_of, contents, local, same
 
 
 def records(workdir):
@@ -165,8 +93,6 @@ def test_goes_on_after_a_kill_anywhere(raw, prepared, tmp_path):
 
 
 def test_a_changed_setting_runs_its_stage_and_the_later_ones_again(raw, prepared, tmp_path):
-    import shutil
-
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     before = records(tmp_path)
     config = config_of(raw)

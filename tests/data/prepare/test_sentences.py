@@ -136,7 +136,7 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
     together = sentences.sentences(table(texts, "zh"), SentencesConfig())
     alone = [sentences.sentences(table([one], "zh"), SentencesConfig()) for one in texts]
     assert together == pa.concat_tables(alone)
-    monkeypatch.setattr(sentences, "BATCH", 300)
+    monkeypatch.setattr(sentences, "_BATCH", 300)
     again = sentences.sentences(table(texts, "zh"), SentencesConfig())
     assert again.combine_chunks() == together.combine_chunks()
 
