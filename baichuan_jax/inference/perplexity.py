@@ -1,11 +1,12 @@
-"""What quantisation costs: memory and perplexity beside full precision, on real text.
+"""Bits per byte of runs on text; what quantisation costs, in memory and perplexity.
 
 Legend: B rows, T tokens, C of them at a time, D model, V vocabulary.
 """
 
+import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -95,12 +96,7 @@ def benchmark(checkpoint: epath.PathLike, text: str = "", max_tokens: int = 0) -
     Raises:
       ValueError: no such run, or no text: says what would be right.
     """
-    workdir = epath.Path(checkpoint).expanduser().absolute()
-    if not (workdir / "config.json").exists():
-        raise ValueError(
-            f"--checkpoint={checkpoint} is no run's folder. Name one, or make one in a few"
-            " minutes with `python -m experiments.quickstart`."
-        )
+    workdir = _run_folder(checkpoint)
     config = from_json(workdir / "config.json")
     if kind := quantize.is_quantized(workdir):
         raise ValueError(
@@ -109,21 +105,14 @@ def benchmark(checkpoint: epath.PathLike, text: str = "", max_tokens: int = 0) -
         )
     with tempfile.TemporaryDirectory() as scratch:
         stream, where = _open_text(config, workdir, text, scratch)
-        batch_size = max(1, 2_048 // config.data.sequence_length)
-        num_rows = stream.num_rows
-        if max_tokens:
-            num_rows = min(num_rows, -(-max_tokens // config.data.sequence_length))
-
-        def batches() -> Iterator[dict[str, np.ndarray]]:
-            for start in range(0, num_rows, batch_size):
-                yield stream.rows(range(start, min(start + batch_size, num_rows)))
-
+        T = config.data.sequence_length
+        most = -(-max_tokens // T) if max_tokens else stream.num_rows
         full, full_bytes = np.zeros(1), 0
         for kind in _NAMES:
             model = _restore(config.model, workdir)
             if kind:
                 model = quantize.quantize(model, kind)
-            nats, tokens = losses(model, batches())
+            nats, tokens = losses(model, _batches(stream, T, most))
             sizes = quantize.memory(model)
             if not kind:
                 full, full_bytes = nats, sizes["total"]
@@ -144,6 +133,39 @@ def benchmark(checkpoint: epath.PathLike, text: str = "", max_tokens: int = 0) -
                 f"{np.exp(loss):12.3f}{np.expm1(change):+9.2%} ± {error:.2%}"
             )
             del model
+
+
+def bits_per_byte(checkpoint: epath.PathLike, text: str) -> dict[str, tuple[float, int]]:
+    """What a run's newest weights need for text that they have not seen, in float32.
+
+    Bytes are those of the tokens that are predicted, so runs with other tokenizers compare.
+
+    Args:
+      checkpoint: the run's folder.
+      text: sources, as `data.sources` reads them.
+
+    Returns:
+      By set (a source in a language): bits per byte, and the bytes.
+
+    Raises:
+      ValueError: no such run, or a source that cannot be read.
+    """
+    workdir = _run_folder(checkpoint)
+    config = from_json(workdir / "config.json")
+    template = jax.eval_shape(lambda key: Transformer(key, config.model), jax.random.key(0))
+    model = restore_model(workdir / "checkpoints", template)
+    file = workdir / "tokenizer.model"
+    tokenizer = Tokenizer(file if file.exists() else config.data.tokenizer)
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        stream_of, names = _packed(text, tokenizer, config.data.sequence_length, scratch)
+        for name in names:
+            rows = list(_batches(stream_of(name), config.data.sequence_length))
+            nats, _ = losses(model, rows, jnp.float32)
+            predicted = np.concatenate([batch["targets_BT"][batch["mask_BT"]] for batch in rows])
+            size = int(tokenizer.token_bytes[predicted].sum())
+            found[name] = float(nats.sum() / np.log(2) / size), size
+    return found
 
 
 def released_memory() -> Iterator[str]:
@@ -178,17 +200,48 @@ def _restore(config: ModelConfig, workdir: epath.Path) -> Transformer:
     return jax.jit(cast, donate_argnums=0)(model)
 
 
+def _run_folder(checkpoint: epath.PathLike) -> epath.Path:
+    workdir = epath.Path(checkpoint).expanduser().absolute()
+    if not (workdir / "config.json").exists():
+        raise ValueError(
+            f"{checkpoint} is no run's folder. Name one, or make one in a few minutes with"
+            " `python -m experiments.quickstart`."
+        )
+    return workdir
+
+
+def _batches(stream: Stream, T: int, most: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """The first rows of a stream, all unless `most` says how many."""
+    size, num_rows = max(1, 2_048 // T), stream.num_rows
+    num_rows = num_rows if most is None else min(num_rows, most)
+    for start in range(0, num_rows, size):
+        yield stream.rows(range(start, min(start + size, num_rows)))
+
+
+def _packed(
+    text: str, tokenizer: Tokenizer, T: int, scratch: str
+) -> tuple[Callable[..., Stream], list[str]]:
+    """Packs text; returns (names of sets) -> their rows, each once, and the names of all sets."""
+    data = DataConfig(sources=text, eval_fraction=0.0, sequence_length=T)
+    found = packing.pack(data, tokenizer, scratch)
+    for parts in found.sets.values():
+        parts["eval"] = parts["train"]
+
+    def stream_of(*names: str) -> Stream:
+        sets = {name: found.sets[name] for name in names}
+        return Stream(dataclasses.replace(found, sets=sets), "eval", data)
+
+    return stream_of, list(found.sets)
+
+
 def _open_text(config: Config, workdir: epath.Path, text: str, scratch: str) -> tuple[Stream, str]:
     """Rows of text by index, and what to call them."""
     T = config.data.sequence_length
     if text:
         file = workdir / "tokenizer.model"
         tokenizer = Tokenizer(file if file.exists() else config.data.tokenizer)
-        data = DataConfig(sources=text, eval_fraction=0.0, sequence_length=T)
-        found = packing.pack(data, tokenizer, scratch)
-        for parts in found.sets.values():
-            parts["eval"] = parts["train"]  # each row once, in a fixed order
-        return Stream(found, "eval", data), text
+        stream_of, names = _packed(text, tokenizer, T, scratch)
+        return stream_of(*names), text
     directory = epath.Path(config.data.shards or workdir / "shards")
     if not (directory / shards.MANIFEST).exists():
         raise ValueError(
