@@ -2,7 +2,8 @@
 
 They are the single characters of OpenCC's table `TSCharacters.txt`
 (https://github.com/BYVoid/OpenCC, Apache License 2.0), as opencc-python-reimplemented 0.1.7
-has it: the first choice of each traditional character in the Basic Multilingual Plane.
+has it (the licence: traditional.LICENSE beside this file): the first choice of each traditional
+character in the Basic Multilingual Plane.
 What depends on the word (乾 is 干 or stays) follows that first choice: good enough to see
 that two texts say the same, not to convert one into the other.
 """
