@@ -10,12 +10,13 @@ Shapes: C characters of all texts of a batch, N documents, L lines, K tokens.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from baichuan_jax.data.prepare import language, text
+from baichuan_jax.data.prepare import boilerplate, language, text
 from baichuan_jax.data.prepare import pieces as of
 from baichuan_jax.data.prepare.pieces import Pieces, characters, strings, totals
 
@@ -100,92 +101,6 @@ _SHORT_LINE = 30  # visible characters
 # From where on it can be asked: for shares of lines, for grammar (Han, kana), for a top n-gram.
 _ENOUGH_LINES, _ENOUGH_HAN, _ENOUGH_TOKENS = 5, 200, 50
 
-# What is left of a page's frame. A short line goes if it begins like this,
-_NAVIGATION = (
-    r"home|about(?: us)?|contacts?(?: us)?|log ?in|sign (?:in|up)|register|search|menu|site ?map"
-    r"|privacy(?: policy)?|terms(?: (?:of (?:use|service)|(?:and|&) conditions))?|faqs?|help"
-    r"|subscribe|newsletter|rss|blog|news|products|services|careers|disclaimer|cookies?"
-    r"|cookie policy|my account|cart|checkout|gallery|shop|store|portfolio|testimonials"
-    r"|(?:网站)?首页|加入收藏|收藏本站|设为首页|联系我们|关于我们|网站地图|友情链接|帮助(?:中心)?|意见反馈|广告服务"
-    r"|法律声明|隐私(?:政策|条款|声明)|用户协议|服务条款|登录|登陆|(?:免费)?注册|立即登录|会员登录|退出|搜索|公司简介"
-    r"|产品(?:中心|展示)|新闻(?:中心|动态)|在线留言|人才招聘|招贤纳士|客服中心|企业文化|荣誉资质|成功案例"
-)
-_STARTS = (
-    # cookies and scripts
-    r"(?:please )?(?:enable|turn on|activate) (?:java ?script|cookies)\b",
-    r"you (?:need to|must|have to) (?:enable|have) java ?script",
-    r"we (?:also )?use cookies\b",
-    r"(?:this|our) (?:web)?site uses? cookies\b",
-    r"(?:accept|reject|decline|manage|allow)(?: all)? cookies\b",
-    # copyright
-    r"(?:copyright )?(?:©|\(c\)|&copy;) ?(?:copyright )?(?:19|20)\d\d",
-    r"copyright (?:19|20)\d\d",
-    r"(?:proudly )?powered by (?:wordpress|blogger|drupal|joomla|shopify|discuz|vbulletin|phpbb)",
-    # what to do with a page
-    r"skip to (?:main |the )?(?:content|navigation)$",
-    r"(?:back|return) to (?:the )?(?:top|home(?:page)?)$",
-    r"(?:click|tap) here(?:$| to | for )",
-    r"(?:continue reading|read more|read the full (?:story|article))\b",
-    r"(?:show|load|view|see) more(?: \w+)?$",
-    r"(?:share|tweet|pin|email|print) (?:this(?: \w+)?|on (?:facebook|twitter)|it|via \w+)$",
-    r"(?:previous|next|older|newer) (?:posts?|articles?|entry|entries|story|stories)(?:$|[ :>»→])",
-    r"leave a (?:reply|comment)\b",
-    r"post navigation$",
-    r"your email address will not be published",
-    r"required fields are marked",
-    r"notify me (?:of|when) (?:new|follow)",
-    r"(?:follow|like|find) us on \w+",
-    r"(?:sign up|subscribe) (?:for|to) (?:our|the) .*(?:newsletter|mailing list|updates|feed)",
-    r"(?:add to (?:cart|basket|wishlist|bag)|(?:view|your|shopping) (?:cart|basket))\b",
-    r"you (?:must|have to|need to) (?:be logged|log) in to\b",
-    r"log in to (?:reply|comment|post|leave)\b",
-    r"this entry was posted\b",
-    r"you can (?:follow any responses|leave a response|skip to the end)\b",
-    r"(?:filed under|posted in|tagged with)\b",
-    # the same in Chinese
-    r"(?:上一|下一)[篇页章条](?:$|\s|[:：|｜/])",
-    r"(?:您|你)?的?(?:当前|现在|所在)的?位置(?:是|为)?\s*[:：]",
-    r"(?:您|你)(?:现在|当前)?的?(?:所在)?位置\s*[:：]",
-    r"(?:网站)?首页\s*(?:[>»›→/|｜]|--)",
-    r"(?:点击|戳)(?:这里|此处)?(?:进入|查看|阅读|下载|浏览)(?:更多|全文|原文|详情|大图|专题|下一页)",
-    r"(?:阅读|查看|展开|显示|浏览)(?:全文|原文|更多|剩余)",
-    r"(?:返回|回到)(?:网站)?(?:首页|顶部|列表|上页|上一页|上一级)(?:$|[\s>»\]】])",
-    r"(?:分享|转发)(?:到|至|给)",
-    r"(?:微信)?(?:扫一扫|长按|扫描|识别).*(?:二维码|关注|下载)",
-    r"(?:欢迎|请|敬请)?(?:关注|订阅)(?:我们|本站|官方)?的?.*(?:微信|公众号|微博|官微)",
-    r"责任编辑\s*[:：]",
-    r"(?:发布时间|发布日期|更新时间|浏览次数|浏览量|阅读次数|阅读量|点击次数|点击率|点击数|人气|字体|字号)\s*[:：]",
-    r"免责声明\s*[:：]",
-    r"本(?:站|网|网站).*(?:转载|侵权|不代表|立场)",
-    r"(?:转载|转发)(?:时|本文)?请?(?:务必)?(?:注明|保留)(?:出处|来源|原文)",
-    r"(?:未经|非经).*(?:许可|授权|允许|同意).*(?:转载|复制|使用|镜像)",
-    r"(?:相关|热门|推荐|最新|随机)(?:阅读|新闻|文章|推荐|链接|资讯|评论|标签)\s*[:：]?$",
-    r"(?:猜你喜欢|网友评论|发表评论)\s*[:：]?$",
-    r"请?(?:先)?(?:启用|开启|打开)\s*JavaScript",
-    # two items of navigation at least, and nothing else
-    rf"(?:{_NAVIGATION})(?:[\s|｜·•>»/,，-]+(?:{_NAVIGATION}))+$",
-)
-# or if it has this anywhere.
-_ANYWHERE = (
-    r"\b(?:java ?script|cookies) (?:is|are|must be|needs? to be|appears? to be) (?:currently )?"
-    r"(?:disabled|enabled|required|turned off)",
-    r"your browser (?:does not|doesn't) support",
-    r"by (?:continuing|using|browsing).*\b(?:use of cookies|privacy policy|terms of use)",
-    r"\ball rights reserved\b",
-    r"版权所有(?:$|[^者人权的了])",
-    r"(?:ICP[备证]|公网安备)\s*\d",
-    r"浏览器(?:不支持|版本过低|版本太低)",
-)
-_BOILERPLATE = rf"(?i)^[\s|·•»«›‹<>\[【(（]*(?:{'|'.join(_STARTS)})|{'|'.join(_ANYWHERE)}"
-_LONGEST_BOILERPLATE = 120  # visible characters
-
-_GENERATED = (
-    r"(?i)auto-?generated|automatically generated|@generated\b|\bcode generated\b"
-    r"|generated (?:by|from|with|using)[^\n]*\n?[^\n]*do not (?:edit|modify)"
-    r"|do not (?:edit|modify) (?:this file|manually|by hand)"
-)
-_GENERATED_HEAD = 1_000  # characters, where a generator says so
-
 
 def clean(documents: pa.Table, config: CleanConfig) -> pa.Table:
     """Drops documents and cuts lines by rules; a local stage.
@@ -218,8 +133,7 @@ def clean(documents: pa.Table, config: CleanConfig) -> pa.Table:
 class _Batch:
     """Texts, and what is in them."""
 
-    texts: pa.StringArray
-    languages: np.ndarray
+    languages: np.ndarray  # object [N]
     joined: text.Joined
     tokens: text.Tokens
     lines: Pieces
@@ -228,7 +142,7 @@ class _Batch:
     def of(cls, texts: pa.StringArray, languages: np.ndarray) -> "_Batch":
         joined = text.join(texts)
         tokens = text.tokens(joined)
-        return cls(texts, languages, joined, tokens, Pieces.of(joined, _lines(joined, tokens)))
+        return cls(languages, joined, tokens, Pieces.of(joined, _lines(joined, tokens)))
 
 
 def _lines(joined: text.Joined, tokens: text.Tokens) -> text.Spans:
@@ -256,12 +170,12 @@ def _boilerplate(batches: list[_Batch]) -> list[np.ndarray]:
     for batch in batches:
         lines = batch.lines
         prose = np.repeat(batch.languages != language.CODE, np.diff(lines.spans.rows))
-        few = (lines.visible <= _LONGEST_BOILERPLATE) & (lines.spans.sizes > 0)
+        few = (lines.visible <= boilerplate.LONGEST_LINE) & (lines.spans.sizes > 0)
         short.append(np.flatnonzero(few & prose))
         chosen = lines.starts[short[-1]], lines.ends[short[-1]]
         found.append(strings(batch.joined.codes, *chosen))
         cuts.append(np.zeros(len(few), bool))
-    matches = np.asarray(pc.match_substring_regex(pa.chunked_array(found), _BOILERPLATE))
+    matches = np.asarray(pc.match_substring_regex(pa.concat_arrays(found), boilerplate.LINE))
     bounds = np.cumsum([len(places) for places in short])[:-1]
     for cut, places, matched in zip(cuts, short, np.split(matches, bounds), strict=True):
         cut[places] = matched
@@ -272,8 +186,8 @@ def _generated(texts: pa.StringArray, languages: np.ndarray) -> np.ndarray:
     """Whether the head of a file of code says that a program wrote it, bool [N]."""
     generated = languages == language.CODE
     if generated.any():
-        heads = pc.utf8_slice_codeunits(texts.filter(pa.array(generated)), 0, _GENERATED_HEAD)
-        generated[generated] = pc.match_substring_regex(heads, _GENERATED)
+        heads = pc.utf8_slice_codeunits(texts.filter(pa.array(generated)), 0, boilerplate.HEAD)
+        generated[generated] = pc.match_substring_regex(heads, boilerplate.GENERATED)
     return generated
 
 
@@ -373,9 +287,11 @@ def _token_features(tokens: text.Tokens, languages: np.ndarray) -> dict[str, np.
     repeats, _ = _ngrams(tokens, 10, np.full(len(number), 2))
     # A phrase that is said less often is not looked for, nor any in a text of few tokens.
     _, top = _ngrams(tokens, 3, np.maximum(4, number // 50))
-    english = list(language.WORDS).index("en")
-    stop_words = np.where(languages == "en", language.word_counts(tokens)[:, english], number)
-    lorem, ipsum = text.tokens(text.join(["lorem ipsum"])).hashes
+    english, stop_words = languages == "en", number.copy()
+    if english.any():
+        column = list(language.WORDS).index("en")
+        stop_words[english] = language.word_counts(tokens)[english, column]
+    lorem, ipsum = _lorem_ipsum()
     placeholder = np.append((tokens.hashes[:-1] == lorem) & (tokens.hashes[1:] == ipsum), False)
     return {
         "duplicate_ngrams": repeats / np.maximum(number - 9, 1),
@@ -383,6 +299,11 @@ def _token_features(tokens: text.Tokens, languages: np.ndarray) -> dict[str, np.
         "stop_words": stop_words / number,
         "placeholder": totals(placeholder[: len(tokens.hashes)], tokens.rows) / number,
     }
+
+
+@functools.cache
+def _lorem_ipsum() -> np.ndarray:
+    return text.tokens(text.join(["lorem ipsum"])).hashes
 
 
 def _repeated(spans: text.Spans) -> np.ndarray:
@@ -406,7 +327,7 @@ def _ngrams(tokens: text.Tokens, n: int, least: np.ndarray) -> tuple[np.ndarray,
     counts = np.diff(rows)
     number = np.arange(len(counts), dtype=np.uint64)
     # Most are there once. Counting by some bits of the hash leaves few of these to be sorted.
-    bits = np.uint64(max(12, (2 * len(hashes)).bit_length()))
+    bits = np.uint64(max(12, (4 * len(hashes)).bit_length()))
     place = ((hashes + np.repeat(text.mix(number), counts)) >> (np.uint64(64) - bits)).view(
         np.int64
     )

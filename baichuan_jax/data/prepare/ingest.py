@@ -133,10 +133,12 @@ def _read(
 def _documents(
     origin: Origin, config: IngestConfig, counts: "_Counts"
 ) -> Iterator[tuple[int, Document, int]]:
-    before = counts.rows
+    before, is_code = counts.rows, origin.is_file and origin.path.endswith(readers.CODE_ENDINGS)
     counts.begin(origin)
     if not origin.is_file or epath.Path(origin.path).stat().length:
         for row, document in readers.read(origin, config.options, counts.bad):
+            if document.language == readers.UNKNOWN_LANGUAGE and is_code:
+                document = dataclasses.replace(document, language="code")
             size = len(document.text.encode())
             counts.document(document, size)
             yield row, document, size

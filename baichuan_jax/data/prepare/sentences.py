@@ -115,6 +115,7 @@ _MORE = (
 )
 # Four items at least between | · » and the like.
 _LINK = r"\pL[^|｜·»›•\[\]()]{0,28}\pL"
+_BETWEEN_LINKS = "[|·»›•｜]"
 _LINKS = rf"^{_LINK}(?:(?:\s[|·»›•]\s|\s?｜\s?){_LINK}){{3,}}$"
 _URLS = r"^(?:\pL{0,10}[:：]?\s?https?://[!-~]+[\s,;、，；]*){3,}$"
 _SHORT = 160  # visible characters, of what the patterns are asked of
@@ -199,11 +200,13 @@ def _low_quality(
     found = strings(codes, pieces.starts[short], pieces.ends[short])
     more = np.zeros(len(visible), bool)
     more[short] = pc.match_substring_regex(found, _MORE)
-    bad[short] |= np.asarray(pc.match_substring_regex(found, _URLS))
+    several = np.asarray(pc.count_substring(found, "://")) >= 3
+    bad[short] |= _matching(found, _URLS, several)
     # In a document with the rule of a table (--- | ---), they may be its rows.
     rules = totals((spans.sizes == 0) & (_count(signs, spans, _BAR) > 0), spans.rows)
     loose = np.repeat(rules == 0, np.diff(spans.rows))[short]
-    bad[short] |= np.asarray(pc.match_substring_regex(found, _LINKS)) & loose
+    several = np.asarray(pc.count_substring_regex(found, _BETWEEN_LINKS)) >= 3
+    bad[short] |= _matching(found, _LINKS, several & loose)
     bad |= more
     # What was broken off before it goes with it.
     last, before = (codes[np.maximum(pieces.ends - i, 0)] for i in (1, 2))
@@ -216,6 +219,14 @@ def _low_quality(
     found = strings(codes, pieces.starts[lists], pieces.ends[lists])
     bad[lists] = [_keywords(string, config) for string in found.to_pylist()]
     return bad
+
+
+def _matching(found: pa.StringArray, pattern: str, likely: np.ndarray) -> np.ndarray:
+    """bool: which strings match, of those that may; to compile a pattern takes milliseconds."""
+    matching = likely.copy()
+    if likely.any():
+        matching[likely] = pc.match_substring_regex(found.filter(pa.array(likely)), pattern)
+    return matching
 
 
 def _keywords(sentence: str, config: SentencesConfig) -> bool:

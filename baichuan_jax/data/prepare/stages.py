@@ -84,10 +84,11 @@ def stages(
         if name not in skip:
             found.append(Stage(name, settings, run))
 
-    def of_documents(name: str, function: local.Local) -> None:
+    def of_documents(name: str, function: local.Local, *more: Any) -> None:
         settings = getattr(config, name)
         function = functools.partial(function, config=settings)
-        add(name, settings, lambda corpus, engine: local.run(function, corpus, name, engine))
+        run = functools.partial(local.run, function)
+        add(name, [settings, *more], lambda corpus, engine: run(corpus, name, engine))
 
     def of_the_corpus(name: str, module: Any, *more: Any) -> None:
         settings = getattr(config, name)
@@ -104,7 +105,7 @@ def stages(
     of_the_corpus("exact", exact)
     of_documents("clean", clean.clean)
     of_documents("privacy", privacy.mask)
-    of_documents("sentences", sentences.sentences)
+    of_documents("sentences", sentences.sentences, stamp(config.sentences.classifier))
     of_the_corpus("spans", spans)
     of_the_corpus("documents", documents)
     if config.decontaminate.against:

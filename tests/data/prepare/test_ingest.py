@@ -235,3 +235,11 @@ def test_the_embedded_corpus(tmp_path):
     assert [(r["text"], r["source"]) for r in rows(tmp_path / "out")] == expected
     assert set(told["sources"]) == {source for _, source in expected}
     assert rows(tmp_path / "out")[0]["origin"] == "embedded:30000:1"
+
+
+def test_source_files_are_code(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.py").write_text("print('hello')\n")
+    (tmp_path / "in" / "b.md").write_text("Hello\n")
+    run(tmp_path, str(tmp_path / "in"))
+    assert [row["language"] for row in rows(tmp_path)] == ["code", "und"]

@@ -13,10 +13,9 @@ from baichuan_jax import tokenizer as tokenizer_module
 from baichuan_jax.config import DataConfig
 from baichuan_jax.data import packing, shards
 from baichuan_jax.data.dialogue import dialogue
-from baichuan_jax.data.prepare import tokens
+from baichuan_jax.data.prepare import benchmark, tokens
 from baichuan_jax.data.prepare.corpus import DOCUMENT_SCHEMA, Corpus, write_parquet
 from baichuan_jax.data.prepare.engine import Local
-from baichuan_jax.data.prepare.loader_benchmark import measure
 from baichuan_jax.data.prepare.mixture import MixtureConfig
 from baichuan_jax.data.prepare.tokens import TokensConfig
 from baichuan_jax.data.stream import Stream
@@ -269,7 +268,7 @@ def test_the_weights_of_the_mix(model, counted):
 
 def test_the_loader_is_measured(model, counted):
     manifest, _ = pack(counted[0], model, "loader")
-    found = measure(manifest, batch_size=4, rows=30)
+    found = benchmark.loader(manifest, batch_size=4, rows=30)
     assert found.rows == 32 and found.tokens_per_second > 1_000 and found.resume_seconds < 5
 
 
