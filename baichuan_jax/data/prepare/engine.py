@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import operator
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -117,7 +118,17 @@ def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
     """Workers that stay for the next step: what they have imported and made, they keep."""
     # Not fork: JAX in this process has threads, and a fork of them may hang.
     context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A killed run leaves no worker behind, which would write beside those of the next run."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def cut(block: Block) -> Iterator[Block]:

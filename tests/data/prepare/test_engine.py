@@ -2,6 +2,9 @@
 
 import functools
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -88,3 +91,42 @@ def test_cut_and_json():
     assert np.array_equal(np.concatenate(pieces), block)
     assert [len(piece) for piece in engine.cut(block[:0])] == [0]
     assert engine.of_json(engine.as_json({"zh": [1, "二"]})) == {"zh": [1, "二"]}
+
+
+RUN = """
+import os, sys, time
+from baichuan_jax.data.prepare import engine
+from tests.data.prepare.test_engine import waits
+if __name__ == "__main__":
+    engine.Local(sys.argv[1], 2).run("x", [sys.argv[1]] * 2, waits)
+"""
+
+
+def waits(item):
+    with open(f"{item}/pid-{os.getpid()}", "w"):
+        time.sleep(60)
+    yield (0,), np.array([0])
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    run = subprocess.Popen([sys.executable, script, tmp_path], env=env)
+    while len(pids := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 30
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
