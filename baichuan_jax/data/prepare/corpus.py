@@ -14,6 +14,7 @@ A document's id is its shard << 32 | its row, uint64.
 
 import contextlib
 import dataclasses
+import uuid
 from collections.abc import Iterator
 
 import numpy as np
@@ -123,7 +124,8 @@ def write_parquet(path: epath.Path, table: pa.Table) -> None:
 def whole(path: epath.Path) -> Iterator[epath.Path]:
     """A name to write to, which becomes `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    # A cluster may run the same work twice at a time, so each has a name of its own.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     yield partial
     partial.replace(path)
 

@@ -98,6 +98,8 @@ def _run(
     logging.info("%s (%.1f s).", left, seconds)
     with whole(path) as partial:
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    for partial in (workdir / stage.folder).glob("*.partial"):  # of work that was killed
+        partial.unlink()
     scratch.rmtree()
     return record
 
