@@ -7,14 +7,18 @@ import shutil
 
 import grain
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from baichuan_jax.config import DataConfig
+from baichuan_jax.config import Config, DataConfig
 from baichuan_jax.data import shards
 from baichuan_jax.data.prepare import pipeline, stages
+from baichuan_jax.data.prepare.corpus import Corpus
 from baichuan_jax.data.stream import Stream
+from baichuan_jax.inference.load import load
+from baichuan_jax.training.pretrain import pretrain
 from tests.data.prepare.small import SECRET, config_of, contents, local, same
 
 
@@ -146,3 +150,41 @@ def test_stages_can_be_left_out(raw, tmp_path):
     config = config_of(raw, skip="clean,sentences,spans,clusters")
     pipeline.prepare(config, tmp_path, local)
     assert not {"clean", "sentences", "spans", "clusters"} & set(records(tmp_path))
+
+
+def test_a_run_on_prepared_data_scores_the_next_corpus(raw, prepared, tmp_path):
+    config = Config()
+    model, training = config.model, config.training
+    model.vocab_size, model.hidden_size, model.intermediate_size = 1_200, 32, 48
+    model.num_layers, model.num_heads = 2, 4
+    training.num_steps, training.batch_size, config.optimizer.warmup_steps = 3, 8, 1
+    training.compute_dtype, training.remat = "float32", "none"
+    config.data.shards, config.data.sequence_length = str(prepared), 128
+    pretrain(config, tmp_path / "run")
+
+    config = config_of(raw, skip="spans,privacy,sentences")
+    config.embedding_model = config.perplexity_model = str(tmp_path / "run")
+    config.quality.positive = f"docs={raw / 'docs.jsonl.gz'}"
+    config.quality.negative = f"dialogue={raw / 'dialogue.jsonl.gz'}"
+    config.safety.positive = "docs=2"
+    work = tmp_path / "work"
+    pipeline.prepare(config, work, local, functools.partial(load, dtype="float32"))
+    found = records(work)
+    told = found["quality"]["told"]
+    assert told["all"]["auc"] > 0.9
+    assert 0 < found["perplexity"]["told"]["mean"] < 20
+    columns = ("quality", "bits_per_byte", "semantic_similarity", "positive_factor", "weight")
+    names = [stage.name for stage in stages.stages(config, work) if stage.attributes]
+    corpus = Corpus(str(work), tuple(names))
+    table = pa.concat_tables(
+        corpus.read(shard, "source", *columns) for shard in range(corpus.num_shards())
+    )
+    means = {
+        row.pop("source"): row
+        for row in table.group_by("source").aggregate([(c, "mean") for c in columns]).to_pylist()
+    }
+    assert means["docs"]["quality_mean"] > 0.7 > 0.3 > means["dialogue"]["quality_mean"]
+    factors = {source: row["positive_factor_mean"] for source, row in means.items()}
+    assert factors == {"docs": 2, "dialogue": 1, "python": 1}
+    assert table["bits_per_byte"].null_count == 0
+    assert table["weight"].null_count == 0
