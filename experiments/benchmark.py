@@ -1,13 +1,14 @@
 """Measures speed, and what quantisation costs.
 
-  pip install -e '.[oracle]'    # for the comparisons with transformers in PyTorch
+  pip install -e '.[oracle]'    # to compare with transformers in PyTorch, and with datasketch
   python -m experiments.benchmark --what=train_step
   python -m experiments.benchmark --what=decode
   python -m experiments.benchmark --what=decode --shape=7b --dtypes=bfloat16 --kinds=,int8,nf4
   python -m experiments.benchmark --what=quantization --checkpoint=runs/quickstart
+  python -m experiments.benchmark --what=data --text='zh=/data/zh/*.jsonl.gz,en=/data/en'
 
 The default shapes suit two CPU cores; the third line is for a GPU with 40 GB. Quantisation is
-measured on the held-out rows of a run, or on other text (--text='zh=/data/zh/*.jsonl').
+measured on the held-out rows of a run, the data system on the embedded corpus, or on --text.
 """
 
 import dataclasses
@@ -15,13 +16,13 @@ import itertools
 
 from absl import app, flags
 
+from baichuan_jax.data.prepare import benchmark as preparing
 from baichuan_jax.inference import benchmark as decoding
 from baichuan_jax.inference import perplexity
 from baichuan_jax.training import benchmark
 from baichuan_jax.training.metrics import quiet_logs
 from experiments.errors import in_one_line
 
-_WHAT = flags.DEFINE_enum("what", "train_step", ["train_step", "decode", "quantization"], "What.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Counted steps or rounds of each side.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
 _SHAPE = [field for field in dataclasses.fields(benchmark.Shape) if field.name != "dtype"]
@@ -33,7 +34,7 @@ _CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "Of keys and values; '': a
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Decoded at most.", lower_bound=8)
 _REQUESTS = flags.DEFINE_integer("requests", 16, "Decoded together.", lower_bound=1)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart", "A run's folder.")
-_TEXT = flags.DEFINE_string("text", "", "Sources of text; '': the run's held-out rows.")
+_TEXT = flags.DEFINE_string("text", "", "Sources of text; '': see above.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "About how many to read; 0: all.", 0)
 
 
@@ -62,11 +63,15 @@ def _quantization():
     yield from perplexity.benchmark(_CHECKPOINT.value, _TEXT.value, _MAX_TOKENS.value)
 
 
+_PARTS = {"train_step": _train_step, "decode": _decode, "quantization": _quantization}
+_PARTS["data"] = lambda: preparing.lines(_TEXT.value or "embedded:")
+_WHAT = flags.DEFINE_enum("what", "train_step", list(_PARTS), "What.")
+
+
 @in_one_line()
 def main(_):
     quiet_logs()
-    parts = {"train_step": _train_step, "decode": _decode, "quantization": _quantization}
-    for lines in parts[_WHAT.value]():
+    for lines in _PARTS[_WHAT.value]():
         print(lines, flush=True)
 
 

@@ -32,36 +32,39 @@ FUNNEL = {
 }
 
 
-# Where the rates come from. MB are of UTF-8 text, by process CPU time.
+# Where the rates and the memory come from.
 MEASURED = (
-    "an AMD EPYC, Zen 5, AVX-512; 2026-11-23, a prototype; embed and compare: 2026-11-24, this"
-    " project. Older servers: about half"
+    "an AMD EPYC, Zen 5, AVX-512; 2026-11-24, `experiments.benchmark --what=data`; older servers:"
+    " about half"
 )
 UNITS = {"group": "keys", "verify": "pairs", "components": "pairs", "compare": "FLOP"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What one core does in a second, by `UNITS` (else MB); see `MEASURED`.
+    """What one core does in a second, by `UNITS` (else MB of text); see `MEASURED`.
 
-    A stage takes `decode` besides, for what it reads.
+    Those in MB are of whole stages, with all that they read and write.
     """
 
-    decode: float = 628  # Parquet with zstd to strings
-    ingest: float = 233  # parse JSON lines, write Parquet
-    exact: float = 639  # BLAKE2b
-    filters: float = 58  # language, heuristic rules, personal data
-    sentences: float = 67  # split, score, rules
-    spans: float = 117  # split, hash, count, cut
-    signatures: float = 97  # 160 MinHash values
-    group: float = 39e6  # by band keys
-    verify: float = 140e3  # candidates, by their signatures
-    components: float = 6.2e6
-    decontaminate: float = 100  # 13-grams
-    embed: float = 28  # hashed n-grams, projected
-    compare: float = 50e9  # cosines inside clusters
-    quality: float = 132  # hashed linear classifiers
-    tokenize: float = 7  # SentencePiece
+    ingest: float = 75
+    language: float = 84
+    exact: float = 360
+    clean: float = 27
+    privacy: float = 108
+    sentences: float = 32
+    spans: float = 30
+    documents: float = 56  # without the candidates, which have rates of their own
+    group: float = 9e6  # by band keys
+    verify: float = 5e6  # candidates, by their signatures
+    components: float = 5e6
+    decontaminate: float = 66
+    safety: float = 88
+    embed: float = 23  # hashed n-grams, projected
+    compare: float = 38e9  # cosines inside clusters
+    quality: float = 74
+    tokens: float = 6.4
+    pack: float = 21
 
 
 def _assumed(value: float, meaning: str) -> float:
@@ -76,7 +79,7 @@ class Assumptions:
     document_bytes: float = _assumed(4667.0, "of a raw document")
     sentence_bytes: float = _assumed(60.0, "of a sentence or paragraph")
     kept: float = _assumed(0.3168, "of the text after all stages (Figure 2)")
-    compression: float = _assumed(4.2, "of text by zstd")
+    compression: float = _assumed(2.5, "of text by zstd")
     pairs_per_document: float = _assumed(2.0, "candidates of the bands; one of four is accepted")
     dimensions: int = _assumed(256, "of embeddings")
     iterations: int = _assumed(20, "of k-means, on 256 documents for each cluster")
@@ -85,7 +88,7 @@ class Assumptions:
     perplexity_flop: float = _assumed(1e8, "a token: the same with a head of 32,000")
     efficiency: float = _assumed(0.4, "of an accelerator's peak")
     disk: float = _assumed(30.0, "MB/s of shuffle for each core, written and read again")
-    token_bytes: float = _assumed(2.5, "of packed rows, compressed")
+    token_bytes: float = _assumed(1.7, "of a token, compressed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Row:
     text: float = 0.0  # bytes it reads
     core_hours: float = 0.0
     shuffle: float = 0.0  # bytes
-    memory: float = 0.3  # GB of each worker
+    memory: float = 0.5  # GB of each worker, with shards of 64 MB
     accelerator_hours: float = 0.0
 
 
@@ -154,9 +157,9 @@ def plan(
         before[stage] = left
         left -= raw * share * (1 - a.kept) / sum(FUNNEL.values())
 
-    def read(size: float, rate: float, *seconds: float) -> float:
-        """Core-hours of a stage that reads so many bytes, and of what else it does."""
-        return (size / 1e6 * (1 / rate + 1 / rates.decode) + sum(seconds)) / 3600
+    def hours(size: float, *rates: float) -> float:
+        """Core-hours of stages that each read so many bytes."""
+        return sum(size / 1e6 / rate for rate in rates) / 3600
 
     def accelerated(flop: float) -> float:
         return flop / (a.efficiency * ACCELERATORS[accelerator] * 1e12) / 3600
@@ -171,41 +174,34 @@ def plan(
     inside = documents * documents / clusters * a.dimensions  # of each pair one cosine
     r = rates
     rows = [
-        Row("ingest", raw, raw / 1e6 / r.ingest / 3600),
-        Row("exact", raw, read(raw, r.exact), 24 * raw_documents),
-        Row("language, filters, privacy", before["filters"], read(before["filters"], r.filters)),
-        Row("sentence quality", before["sentences"], read(before["sentences"], r.sentences)),
+        Row("ingest", raw, hours(raw, r.ingest), memory=0.3),
+        Row("language", raw, hours(raw, r.language), memory=0.4),
+        Row("exact", raw, hours(raw, r.exact), 24 * raw_documents, 0.4),
+        Row("filters, privacy", before["filters"], hours(before["filters"], r.clean, r.privacy)),
+        Row("sentence quality", before["sentences"], hours(before["sentences"], r.sentences)),
         Row(
             "sentences, paragraphs",
             before["spans"],
-            read(before["spans"], r.spans),
+            hours(before["spans"], r.spans),
             (16 + 5) * before["spans"] / a.sentence_bytes,  # hashes, then verdicts
-            0.5,
         ),
         Row(
             "near-duplicate documents",
             before["documents"],
-            read(
-                before["documents"],
-                r.signatures,
-                bands / r.group,
-                pairs / r.verify,
-                pairs / r.components,
-            ),
+            hours(before["documents"], r.documents)
+            + (bands / r.group + pairs / r.verify + pairs / r.components) / 3600,
             16 * bands + (16 + 144) * pairs,  # keys, pairs, and a signature beside each pair
-            0.6,
         ),
-        Row("decontamination", left, read(left, r.decontaminate)),
+        Row("decontamination", left, hours(left, r.decontaminate)),
+        Row("safety, quality", left, hours(left, r.safety, r.quality)),
         Row(
             "embeddings, clusters",
             left,
-            read(left, r.embed, inside / r.compare),
+            hours(left, r.embed) + inside / r.compare / 3600,
             (2 * a.dimensions + 16 + 20) * documents,
-            0.6,
-            accelerated(fit + assign),
+            accelerator_hours=accelerated(fit + assign),
         ),
-        Row("quality, safety", left, read(left, r.quality)),
-        Row("tokens", left, read(left, r.tokenize), left / a.compression, 0.5),
+        Row("tokens, packing", left, hours(left, r.tokens, r.pack), memory=0.8),
         Row(
             "embeddings by a model *",
             accelerator_hours=accelerated(documents * a.model_tokens * a.embedding_flop),
@@ -222,9 +218,10 @@ def plan(
         "edited texts": (before["sentences"] + before["spans"]) / 2 / a.compression,
         "signatures": 168 * compared,
         "embeddings": (2 * a.dimensions + 16) * documents,
+        "tokens": left / a.bytes_per_token * a.token_bytes,
         "packed rows": left / a.bytes_per_token * a.token_bytes,
     }
-    return Plan(rows, storage, 64 * pairs / 4)
+    return Plan(rows, storage, 105 * pairs / 4)  # bytes for an edge, measured
 
 
 def lines(

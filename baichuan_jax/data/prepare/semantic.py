@@ -277,8 +277,7 @@ def _group(
         sent[name] = placed[name]
     sent["vector"] = vectors_ND
     groups = np.searchsorted(bounds, place(placed["cluster"], placed["cosine"]), "right")
-    for group in np.unique(groups):
-        yield (int(group),), sent[groups == group]
+    yield from _by(groups, sent)
 
 
 def _compare(key: Key, blocks: list[Block]) -> Iterable[tuple[Key, Block]]:
@@ -291,9 +290,16 @@ def _compare(key: Key, blocks: list[Block]) -> Iterable[tuple[Key, Block]]:
         similarity, nearest = redundancy(sent["vector"][start:end])
         scored["similarity"][start:end] = similarity
         scored["nearest"][start:end] = sent["id"][start:end][nearest]
-    shards = (sent["id"] >> np.uint64(32)).astype(int)
-    for shard in np.unique(shards):
-        yield (int(shard),), scored[shards == shard]
+    yield from _by((sent["id"] >> np.uint64(32)).astype(int), scored)
+
+
+def _by(keys: np.ndarray, records: np.ndarray) -> Iterable[tuple[Key, Block]]:
+    """The records of each key, in their order."""
+    order = np.argsort(keys, kind="stable")
+    keys, records = keys[order], records[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    for start, end in itertools.pairwise([*starts, len(keys)]):
+        yield (int(keys[start]),), records[start:end]
 
 
 def _write(

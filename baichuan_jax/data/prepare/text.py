@@ -271,8 +271,9 @@ def _powers(multiplier: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 def _spans(joined: Joined, starts: np.ndarray) -> Spans:
     """Spans that begin at `starts` and at the start of every text that is not empty."""
     size = len(joined.codes)
-    firsts = joined.starts[:-1][np.diff(joined.starts) > 0]
-    starts = np.union1d(starts, firsts)
+    cut = np.zeros(size + 1, bool)
+    cut[starts] = cut[joined.starts] = True
+    starts = np.flatnonzero(cut[:size])
     ends = np.append(starts[1:], size)[: len(starts)]
     folded = fold(joined.codes)
     content = np.flatnonzero(folded > CODE_MASK)  # its class is not SEPARATOR
