@@ -28,13 +28,13 @@ from scipy.sparse import csgraph
 
 from baichuan_jax.data.prepare import minhash, text
 from baichuan_jax.data.prepare.corpus import Corpus, ids, whole
-from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
+from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json, partitions
 
 REASON = "near duplicate"
 # A bucket of up to so many documents makes candidates of all its pairs. A bigger one, only of
 # each with the first and with the next: as many pairs, at most, for each document.
 SMALL_BUCKET = 24
-_SHARDS_PER_RANGE = 16  # band keys of about so many shards are grouped by one worker
+_SHARDS_PER_RANGE = 256  # band keys of about so many shards are grouped by one worker
 _MEMBERS_PER_PART = 1 << 18  # of clusters, settled by one worker
 _LARGEST, _EXAMPLES = 20, 5  # clusters in the report, and their members
 
@@ -129,7 +129,7 @@ def find_edges(
       The number of different pairs checked, and the ids of those that are similar enough:
       uint64 [E, 2], the lower id first, in order.
     """
-    ranges = -(-corpus.num_shards() // _SHARDS_PER_RANGE)
+    ranges = partitions(corpus.num_shards(), _SHARDS_PER_RANGE)
     found = engine.run(
         f"{stage}-edges",
         range(corpus.num_shards()),

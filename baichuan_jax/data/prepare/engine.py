@@ -131,6 +131,15 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def partitions(shards: int, shards_each: int) -> int:
+    """Into how many ranges of keys a shuffle goes: one for each shard while these are few.
+
+    Of many shards each range takes the keys of `shards_each`: were there a block from each shard
+    to each of as many ranges, blocks would be tiny and their number the square of the shards'.
+    """
+    return max(1, min(shards, 64), shards // shards_each)
+
+
 def cut(block: Block) -> Iterator[Block]:
     """The block in pieces of at most `BLOCK_BYTES`, along its first axis."""
     rows = max(1, BLOCK_BYTES // max(1, block.nbytes // max(1, len(block))))

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from baichuan_jax.data.prepare.corpus import Corpus, ids
-from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
+from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json, partitions
 
 REASON = "exact duplicate"
 HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])
@@ -52,7 +52,7 @@ def run(
     results = engine.run(
         stage,
         range(shards),
-        functools.partial(_hash, corpus, shards),
+        functools.partial(_hash, corpus, partitions(shards, 256)),
         functools.partial(_compare, shards),
         functools.partial(_write, corpus, stage, config.largest),
     )
@@ -97,13 +97,13 @@ def copies(hashed: np.ndarray) -> np.ndarray:
     return found[np.argsort(found["document"])]
 
 
-def _hash(corpus: Corpus, partitions: int, shard: int) -> Iterator[tuple[Key, Block]]:
+def _hash(corpus: Corpus, ranges: int, shard: int) -> Iterator[tuple[Key, Block]]:
     table = corpus.read(shard, "text")
     hashed = np.empty(len(table), HASHED)
     hashed["high"], hashed["low"] = hash_texts(table["text"]).T
     hashed["document"] = ids(shard, table["row"])
-    for partition in range(partitions):
-        yield (partition,), hashed[hashed["low"] % np.uint64(partitions) == partition]
+    for number in range(ranges):
+        yield (number,), hashed[hashed["low"] % np.uint64(ranges) == number]
 
 
 def _compare(shards: int, key: Key, blocks: list[Block]) -> Iterator[tuple[Key, Block]]:

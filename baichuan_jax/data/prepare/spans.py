@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 
 from baichuan_jax.data.prepare import lines, text
 from baichuan_jax.data.prepare.corpus import Corpus
-from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
+from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json, partitions
 
 REASON = "only repeated text"
 SEEN = np.dtype([("hash", "<u8"), ("shard", "<u4"), ("row", "<u4")])
@@ -85,7 +85,7 @@ def run(
     results = engine.run(
         stage,
         range(shards),
-        functools.partial(_find, corpus, config, shards),
+        functools.partial(_find, corpus, config, partitions(shards, 8)),
         functools.partial(_judge, shards),
         functools.partial(_write, corpus, stage, config),
     )
@@ -265,17 +265,17 @@ def _texts(corpus: Corpus, config: SpansConfig, shard: int) -> tuple[np.ndarray,
 
 
 def _find(
-    corpus: Corpus, config: SpansConfig, partitions: int, shard: int
+    corpus: Corpus, config: SpansConfig, ranges: int, shard: int
 ) -> Iterator[tuple[Key, Block]]:
     rows, texts = _texts(corpus, config, shard)
-    limits = [(1 << 64) * partition // partitions for partition in range(1, partitions)]
+    limits = [(1 << 64) * number // ranges for number in range(1, ranges)]
     hashes, owners, held = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)], 0
 
     def parts() -> Iterator[tuple[Key, Block]]:
         found = seen(np.concatenate(hashes), np.concatenate(owners), shard)
         bounds = np.searchsorted(found["hash"], np.array(limits, np.uint64))
-        for partition, part in enumerate(np.split(found, bounds)):
-            yield (partition,), part
+        for number, part in enumerate(np.split(found, bounds)):
+            yield (number,), part
 
     for batch in text.batches(texts):
         found = units(text.join(texts[batch]), config)
