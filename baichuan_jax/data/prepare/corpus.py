@@ -135,6 +135,16 @@ def ids(shard: int, rows: np.ndarray) -> np.ndarray:
     return np.uint64(shard << 32) | np.asarray(rows).astype(np.uint64)
 
 
+def shard_of(ids: np.ndarray) -> np.ndarray:
+    """int64: the shards of document ids."""
+    return (ids >> np.uint64(32)).astype(np.int64)
+
+
+def row_of(ids: np.ndarray) -> np.ndarray:
+    """uint32: the rows of document ids, in their shards."""
+    return (ids & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+
 def _read(path: epath.Path, columns: list[str]) -> dict[str, pa.ChunkedArray]:
     with path.open("rb") as file, pq.ParquetFile(file) as parquet:
         names = [name for name in dict.fromkeys(columns) if name in parquet.schema_arrow.names]
