@@ -8,7 +8,8 @@
 Run again with the same --workdir, it goes on from where it was. DIR/report.md tells what was
 dropped and why. On a cluster, with `pip install -e '.[beam]'`, flags of Beam behind --beam:
 
-  ... --runner=dataflow --beam=--project=P,--region=R,--temp_location=gs://B/tmp
+  ... --runner=dataflow --workdir=gs://B/prepared --beam=--project=P --beam=--region=R \
+    --beam=--temp_location=gs://B/tmp
 """
 
 import functools
@@ -31,7 +32,7 @@ _RUNNER = flags.DEFINE_enum(
     "local: processes of this machine; the others: Apache Beam.",
 )
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Local processes.", lower_bound=1)
-_BEAM = flags.DEFINE_list("beam", [], "Further flags of Beam, separated by commas.")
+_BEAM = flags.DEFINE_multi_string("beam", [], "A further flag of Beam; may be given again.")
 
 
 def _engine(folder, progress):
@@ -52,6 +53,10 @@ def main(_):
     from baichuan_jax.training.metrics import Phases, quiet_logs
 
     quiet_logs()
+    if _RUNNER.value == "dataflow" and "://" not in _WORKDIR.value:
+        raise ValueError(
+            f"--workdir={_WORKDIR.value} must be one that Dataflow's workers see, such as gs://…"
+        )
     with Phases() as phases:
         make_engine = functools.partial(_engine, progress=phases)
         load_model = functools.partial(load, dtype="float32")

@@ -44,11 +44,7 @@ def open_data(
         )
     prepared = False
     if config.shards:
-        inner = directory / "shards"
-        if not (directory / shards.MANIFEST).exists() and (inner / shards.MANIFEST).exists():
-            directory = inner
-        if (directory / shards.MANIFEST).exists():
-            prepared = shards.read(directory, shards.MANIFEST).inputs.get("prepared", False)
+        directory, prepared = _find_rows(directory)
     if config.shards and (prepared or not config.sources):
         if config.sources:
             logging.warning("%s: used as it is; config.data.sources is not read.", directory)
@@ -73,6 +69,21 @@ def open_data(
     else:
         packing.wait(config, tokenizer, directory)
     return shards.load(directory, tokenizer=tokenizer, sequence_length=config.sequence_length)
+
+
+def _find_rows(directory: epath.Path) -> tuple[epath.Path, bool]:
+    """The folder of the rows in what `config.shards` names, and whether they were prepared."""
+    for folder in (directory, directory.parent):  # where prepare_data keeps its stages
+        if (folder / "stages").is_dir() and (folder / "documents").is_dir():
+            if not (folder / "shards" / shards.MANIFEST).exists():
+                raise ValueError(
+                    f"{folder}: experiments.prepare_data has not finished here. Run its command"
+                    " again; it goes on from where it was."
+                )
+            return folder / "shards", True
+    if not (directory / shards.MANIFEST).exists() and (directory / "shards").is_dir():
+        return directory / "shards", False
+    return directory, False
 
 
 def checked_mesh(config: Config) -> jax.sharding.Mesh:

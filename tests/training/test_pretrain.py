@@ -214,6 +214,7 @@ def prepared(config, corpus, tmp_path):
     mix = mixture.MixtureConfig(source_weights="chat.en=0")
     words = Tokenizer(model)
     tokens.pack(documents.after("tokens"), folder / "shards", engine, made, mix, words)
+    (folder / "stages").mkdir()
     return folder
 
 
@@ -236,6 +237,14 @@ def test_prepared_data_is_taken_as_it_is(config, prepared, tmp_path, monkeypatch
         pretrain(config, run)
     assert "config.data.sources is not read" in caplog.text
     assert {p: p.read_bytes() for p in (prepared / "shards").rglob("*") if p.is_file()} == before
+
+
+def test_prepared_data_that_is_not_finished(config, prepared, tmp_path):
+    (prepared / "shards" / "manifest.json").unlink()
+    for folder in (prepared, prepared / "shards"):
+        config.data.shards = str(folder)
+        refused(config, tmp_path, r"prepared: experiments.prepare_data has not finished here")
+    assert not list(prepared.glob("manifest*"))
 
 
 def test_prepared_data_that_does_not_fit(config, prepared, tmp_path):

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,8 @@ def prepare(
         be read; when a source loses more than `config.max_source_loss` of its text.
     """
     workdir = epath.Path(workdir).expanduser()
+    if "://" not in str(workdir):  # workers may have other working folders
+        workdir = epath.Path(os.path.abspath(workdir))
     todo = stages(config, workdir, load_model)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(to_json(config))
@@ -98,8 +101,9 @@ def _run(
     logging.info("%s (%.1f s).", left, seconds)
     with whole(path) as partial:
         partial.write_text(json.dumps(record, indent=1, ensure_ascii=False))
-    for partial in (workdir / stage.folder).glob("*.partial"):  # of work that was killed
-        partial.unlink()
+    for folder in (stage.folder, f"embeddings/{stage.name}", "stages", "models", "."):
+        for partial in (workdir / folder).glob("*.partial"):  # of work that was killed
+            partial.unlink()
     scratch.rmtree()
     return record
 

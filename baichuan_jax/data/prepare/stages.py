@@ -32,6 +32,7 @@ from baichuan_jax.data.prepare.config import PrepareConfig
 from baichuan_jax.data.prepare.corpus import Corpus, whole
 from baichuan_jax.data.prepare.engine import Engine
 
+VERSION = 1  # of the stages: raised when one of them comes to give other results
 LoadModel = Callable[[str], Any]  # a run's folder -> a `LanguageModel`
 Report = dict[str, Any]
 _READING = ("text_field", "language_field", "tfds_data_dir")  # of examples, as of the corpus
@@ -100,7 +101,8 @@ def stages(
 
     read = functools.partial(_ingest, config)
     reading = [config.ingest.options, config.ingest.shard_bytes]  # not how many rows may be bad
-    add("ingest", [config.sources, sources.stamp(config.sources), reading], read)
+    files = sources.stamp(config.sources, config.ingest.tfds_data_dir)
+    add("ingest", [VERSION, config.sources, files, reading], read)
     of_documents("language", language.language)
     of_the_corpus("exact", exact)
     of_documents("clean", clean.clean)
@@ -111,15 +113,17 @@ def stages(
     if config.decontaminate.against:
         content = decontaminate.fingerprint(config.decontaminate)
         of_the_corpus("decontaminate", decontaminate, content)
-    examples = [config.safety.unsafe, config.safety.safe, config.safety.classifier]
-    files = [stamp(given) for given in (config.safety.lists, *examples)]
-    add("safety", [config.safety, files], functools.partial(_safety, config, workdir))
+    examples = [config.safety.unsafe, config.safety.safe]
+    files = [_stamp(examples, config), stamp(config.safety.lists), stamp(config.safety.classifier)]
+    settings = [config.safety, files, config.seed]
+    add("safety", settings, functools.partial(_safety, config, workdir))
     embedding = functools.partial(_clusters, config, load_model)
     add("clusters", [config.clusters, stamp(config.embedding_model), config.seed], embedding)
-    examples = [config.quality.positive, config.quality.negative, config.quality.classifier]
-    if any(examples):
-        files = [stamp(given) for given in examples]
-        add("quality", [config.quality, files], functools.partial(_quality, config, workdir))
+    examples = [config.quality.positive, config.quality.negative]
+    if any(examples) or config.quality.classifier:
+        files = [_stamp(examples, config), stamp(config.quality.classifier)]
+        settings = [config.quality, files, config.seed]
+        add("quality", settings, functools.partial(_quality, config, workdir))
     if config.perplexity_model:
         scoring = functools.partial(_perplexity, config, load_model)
         add("perplexity", [config.perplexity, stamp(config.perplexity_model)], scoring)
@@ -130,6 +134,10 @@ def stages(
     of_the_corpus("mixture", mixture)
     add("pack", [config.tokens, config.mixture], functools.partial(_pack, config, workdir))
     return found
+
+
+def _stamp(examples: list[str], config: PrepareConfig) -> list[str]:
+    return [sources.stamp(given, config.ingest.tfds_data_dir) for given in examples if given]
 
 
 def stamp(given: str) -> list[tuple[str, int, float]]:
@@ -157,11 +165,17 @@ def _check(config: PrepareConfig) -> None:
     if not sources.split(config.sources):
         raise ValueError("No text is named: set config.sources=NAME=PATH,…")
     names = {origin.source for origin in sources.origins(config.sources)}  # each is there
-    safety.factors(config.safety.positive, sorted(names))
+    if "" not in names:  # that of the embedded corpus, which has several
+        safety.factors(config.safety.positive, sorted(names))
     if not 0 < config.max_source_loss <= 1:
         raise ValueError(f"config.max_source_loss={config.max_source_loss} must be in (0, 1].")
-    config.mixture.check()
-    config.tokens.check()
+    for settings in vars(config).values():
+        if hasattr(settings, "check"):
+            settings.check()
+    for name in ("embedding_model", "perplexity_model"):
+        folder = getattr(config, name)
+        if folder and not (epath.Path(folder).expanduser() / "config.json").exists():
+            raise ValueError(f"config.{name}={folder} is no folder of a run.")
     safety.read_terms(config.safety)
     examples = [config.safety.unsafe, config.safety.safe]
     for given in (*examples, config.quality.positive, config.quality.negative):
