@@ -28,8 +28,11 @@ def in_one_line() -> Iterator[None]:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def parse_flags(argv: list[str], config: type = Config) -> list[str]:
-    """As absl does, but a field that the config lacks is refused with those that it has."""
+def parse_flags(argv: list[str], config: type = Config, default: str = "") -> list[str]:
+    """As absl does, with --config first, wherever it stands, and with `default` where it is absent.
+
+    A field that the config lacks is refused with those that it has.
+    """
     for argument in argv[1:]:
         if flag := re.match(r"--?config\.([^=]+)", argument):
             holder, path = config(), flag[1].split(".")
@@ -40,4 +43,7 @@ def parse_flags(argv: list[str], config: type = Config) -> list[str]:
                     among = ", ".join(known) or "nothing: it is a value"
                     sys.exit(f"{flag[0]}: there is no {name!r} among {among}.")
                 holder = getattr(holder, name)
-    return app.parse_flags_with_usage(argv)
+    given = [argument for argument in argv[1:] if re.match("--?config=", argument)]
+    rest = [argument for argument in argv[1:] if argument not in given]
+    given = given or [f"--config={default}"] * bool(default and "--config" not in rest)
+    return app.parse_flags_with_usage([argv[0], *given, *rest])

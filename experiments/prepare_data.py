@@ -14,17 +14,18 @@ dropped and why. On a cluster, with `pip install -e '.[beam]'`, flags of Beam be
 
 import functools
 import os
+import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from baichuan_jax.data.prepare import engine
-from baichuan_jax.data.prepare.config import PrepareConfig
+from baichuan_jax.data.prepare.config import PrepareConfig, to_json
 
 # What needs JAX is imported further down: the workers import this file, too, and do without.
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/data.py", "Recipe.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the prepared data goes.", required=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe; configs/data.py unless told.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where the prepared data goes.")
 _RUNNER = flags.DEFINE_enum(
     "runner",
     "local",
@@ -32,6 +33,7 @@ _RUNNER = flags.DEFINE_enum(
     "local: processes of this machine; the others: Apache Beam.",
 )
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Local processes.", lower_bound=1)
+_SHOW = flags.DEFINE_bool("show", False, "Only print all settings, as they are resolved.")
 _BEAM = flags.DEFINE_multi_string("beam", [], "A further flag of Beam; may be given again.")
 
 
@@ -53,6 +55,11 @@ def main(_):
     from baichuan_jax.training.metrics import Phases, quiet_logs
 
     quiet_logs()
+    if _SHOW.value:
+        print(to_json(_CONFIG.value))
+        return
+    if not _WORKDIR.value:
+        raise ValueError("--workdir=DIR is missing: where the prepared data goes.")
     if _RUNNER.value == "dataflow" and "://" not in _WORKDIR.value:
         raise ValueError(
             f"--workdir={_WORKDIR.value} must be one that Dataflow's workers see, such as gs://…"
@@ -60,11 +67,15 @@ def main(_):
     with Phases() as phases:
         make_engine = functools.partial(_engine, progress=phases)
         load_model = functools.partial(load, dtype="float32")
-        report = prepare(_CONFIG.value, _WORKDIR.value, make_engine, load_model)
+        try:
+            report = prepare(_CONFIG.value, _WORKDIR.value, make_engine, load_model)
+        except KeyboardInterrupt:
+            sys.exit("Interrupted. The same command goes on from here.")
     print(f"{report} is written.")
 
 
 if __name__ == "__main__":
     from experiments.errors import in_one_line, parse_flags
 
-    app.run(in_one_line()(main), flags_parser=functools.partial(parse_flags, config=PrepareConfig))
+    parse = functools.partial(parse_flags, config=PrepareConfig, default="configs/data.py")
+    app.run(in_one_line()(main), flags_parser=parse)

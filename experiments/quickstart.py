@@ -5,6 +5,7 @@
 Interrupted and run again, it goes on from where it was. See report.md in --workdir.
 """
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from baichuan_jax.training.pretrain import checked_mesh, open_data, pretrain
 from baichuan_jax.training.report import baselines, write_report
 from experiments.errors import in_one_line, parse_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "Recipe.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "The run's folder.")
 
 PROMPTS = (
@@ -72,4 +73,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    parse = functools.partial(parse_flags, default="configs/quickstart.py")
+    app.run(main, flags_parser=parse)

@@ -47,7 +47,7 @@ def open_data(
         directory, prepared = _find_rows(directory)
     if config.shards and (prepared or not config.sources):
         if config.sources:
-            logging.warning("%s: used as it is; config.data.sources is not read.", directory)
+            logging.info("%s: used as it is; config.data.sources is not read.", directory)
         return shards.load(directory, tokenizer=tokenizer, sequence_length=config.sequence_length)
     if not config.sources:
         raise ValueError(
@@ -164,9 +164,10 @@ def pretrain(config: Config, workdir: epath.PathLike) -> TrainState:
         if not config.data.tokenizer and own.exists():
             config.data.tokenizer = str(own)
     if not config.data.tokenizer:
+        shards_too = f", and config.data.shards={config.data.shards} has none"
         raise ValueError(
-            "config.data.tokenizer is empty: give a SentencePiece model, or train one with"
-            " `python -m experiments.train_tokenizer`."
+            f"config.data.tokenizer is empty{shards_too if config.data.shards else ''}: give a"
+            " SentencePiece model, or train one with `python -m experiments.train_tokenizer`."
         )
     tokenizer = Tokenizer(epath.Path(config.data.tokenizer).expanduser())
     if tokenizer.vocab_size > config.model.vocab_size:

@@ -233,7 +233,7 @@ def test_prepared_data_is_taken_as_it_is(config, prepared, tmp_path, monkeypatch
         assert (run / "tokenizer.model").read_bytes() == (prepared / "tokenizer.model").read_bytes()
         (run / "tokenizer.model").unlink()
     config.data.sources = kept  # a recipe's, say
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         pretrain(config, run)
     assert "config.data.sources is not read" in caplog.text
     assert {p: p.read_bytes() for p in (prepared / "shards").rglob("*") if p.is_file()} == before

@@ -14,6 +14,7 @@ A document's id is its shard << 32 | its row, uint64.
 
 import contextlib
 import dataclasses
+import json
 import uuid
 from collections.abc import Iterator
 
@@ -40,6 +41,11 @@ class Corpus:
 
     directory: str
     stages: tuple[str, ...] = ()
+
+    def save(self) -> None:
+        """Writes the stages down, for `load`."""
+        with whole(epath.Path(self.directory) / "corpus.json") as partial:
+            partial.write_text(json.dumps({"stages": self.stages}))
 
     def after(self, stage: str) -> "Corpus":
         """The documents as they are after one more stage."""
@@ -112,6 +118,18 @@ class Corpus:
         write_parquet(
             self.attribute_path(stage, shard), attributes.take(pa.array(places, mask=absent))
         )
+
+
+def load(directory: epath.PathLike) -> Corpus:
+    """The documents that `experiments.prepare_data` has left in its working folder.
+
+    Raises:
+      ValueError: it has not finished there.
+    """
+    path = epath.Path(directory).expanduser() / "corpus.json"
+    if not path.exists():
+        raise ValueError(f"{directory}: no {path.name}, so no prepare_data has finished here.")
+    return Corpus(str(path.parent), tuple(json.loads(path.read_text())["stages"]))
 
 
 def write_parquet(path: epath.Path, table: pa.Table) -> None:

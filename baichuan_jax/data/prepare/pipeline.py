@@ -5,7 +5,7 @@
     WORKDIR/stages/STAGE.json    its record: settings, time, what is left after it
     WORKDIR/rejects.jsonl        rows that could not be read
     WORKDIR/shards/              packed rows of tokens, and the weights of their mix
-    WORKDIR/tokenizer.model, config.json, report.md, plots/
+    WORKDIR/tokenizer.model, config.json, corpus.json, report.md, plots/
 
 A stage whose record is there, with the same settings and the same stages before it, is not run
 again; one that was interrupted goes on where it was. What a stage does is in its own module
@@ -13,12 +13,14 @@ again; one that was interrupted goes on where it was. What a stage does is in it
 """
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import logging
@@ -59,18 +61,34 @@ def prepare(
         workdir = epath.Path(os.path.abspath(workdir))
     todo = stages(config, workdir, load_model)
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(to_json(config))
-    corpus, records, fingerprint = Corpus(str(workdir)), [], ""
-    for stage in todo:
-        fingerprint = _hash([fingerprint, stage.name, stage.settings])
-        record = _read_record(workdir, stage.name)
-        if record.get("fingerprint") != fingerprint:
-            record = _run(stage, corpus, workdir, fingerprint, make_engine)
-        records.append(record)
-        if stage.attributes:
-            corpus = corpus.after(stage.name)
-        _check_losses(records, config.max_source_loss)
-    return report(workdir, corpus, records, config.seed)
+    with _alone(workdir):
+        (workdir / "config.json").write_text(to_json(config))
+        corpus, records, fingerprint = Corpus(str(workdir)), [], ""
+        for stage in todo:
+            fingerprint = _hash([fingerprint, stage.name, stage.settings])
+            record = _read_record(workdir, stage.name)
+            if record.get("fingerprint") != fingerprint:
+                record = _run(stage, corpus, workdir, fingerprint, make_engine)
+            records.append(record)
+            if stage.attributes:
+                corpus = corpus.after(stage.name)
+            _check_losses(records, config.max_source_loss)
+        corpus.save()
+        return report(workdir, corpus, records, config.seed)
+
+
+@contextlib.contextmanager
+def _alone(workdir: epath.Path) -> Iterator[None]:
+    """Refuses a second run in the same folder, where there are locks."""
+    if "://" in str(workdir):
+        yield
+        return
+    with open(workdir / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{workdir}: another run is at work in this folder.") from None
+        yield
 
 
 def _run(
@@ -109,7 +127,9 @@ def _run(
 
 
 def _check_losses(records: list[dict], most: float) -> None:
-    before, after = (_bytes_by_source(record) for record in (records[0], records[-1]))
+    # Languages that nobody wants are no loss.
+    first = next((record for record in records if record["name"] == "language"), records[0])
+    before, after = (_bytes_by_source(record) for record in (first, records[-1]))
     for source, size in before.items():
         lost = 1 - after[source] / max(1, size)
         if lost > most:

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from baichuan_jax import tokenizer
@@ -185,7 +186,13 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _ingest(config: PrepareConfig, corpus: Corpus, engine: Engine) -> Report:
-    return ingest.run(corpus.directory, config.sources, config.ingest, engine)
+    told = ingest.run(corpus.directory, config.sources, config.ingest, engine)
+    if told["bad_rows"]:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in told["reasons"].items())
+        logging.warning(
+            "%s rows were rejected (%s): rejects.jsonl", f"{told['bad_rows']:,}", reasons
+        )
+    return told
 
 
 def _safety(config: PrepareConfig, workdir: epath.Path, corpus: Corpus, engine: Engine) -> Report:
@@ -250,6 +257,7 @@ def _tokens(config: PrepareConfig, workdir: epath.Path, corpus: Corpus, engine: 
         with whole(file) as partial:
             partial.write_bytes(epath.Path(config.tokenizer).expanduser().read_bytes())
     else:
+        logging.info("A tokenizer of %s tokens is trained.", f"{config.vocab_size:,}")
         with whole(file) as partial:
             tokenizer.train(_texts(corpus, config), partial, vocab_size=config.vocab_size)
     return tokens.run(corpus, "tokens", engine, file)

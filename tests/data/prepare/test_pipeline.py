@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from baichuan_jax.config import Config, DataConfig
 from baichuan_jax.data import shards
 from baichuan_jax.data.prepare import pipeline, stages
-from baichuan_jax.data.prepare.corpus import Corpus
+from baichuan_jax.data.prepare.corpus import load as load_corpus
 from baichuan_jax.data.stream import Stream
 from baichuan_jax.inference.load import load
 from baichuan_jax.training.pretrain import pretrain
@@ -174,8 +174,7 @@ def test_a_run_on_prepared_data_scores_the_next_corpus(raw, prepared, tmp_path):
     assert told["all"]["auc"] > 0.9
     assert 0 < found["perplexity"]["told"]["mean"] < 20
     columns = ("quality", "bits_per_byte", "semantic_similarity", "positive_factor", "weight")
-    names = [stage.name for stage in stages.stages(config, work) if stage.attributes]
-    corpus = Corpus(str(work), tuple(names))
+    corpus = load_corpus(work)
     table = pa.concat_tables(
         corpus.read(shard, "source", *columns) for shard in range(corpus.num_shards())
     )
@@ -188,3 +187,14 @@ def test_a_run_on_prepared_data_scores_the_next_corpus(raw, prepared, tmp_path):
     assert factors == {"docs": 2, "dialogue": 1, "python": 1}
     assert table["bits_per_byte"].null_count == 0
     assert table["weight"].null_count == 0
+
+
+def test_one_run_at_a_time(raw, tmp_path):
+    class Second:
+        def __init__(self, folder):
+            pipeline.prepare(config_of(raw), tmp_path, local)
+
+    with pytest.raises(ValueError, match="another run is at work in this folder"):
+        pipeline.prepare(config_of(raw), tmp_path, Second)
+    with pytest.raises(ValueError, match="no prepare_data has finished here"):
+        load_corpus(tmp_path)
