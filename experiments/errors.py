@@ -46,4 +46,5 @@ def parse_flags(argv: list[str], config: type = Config, default: str = "") -> li
     given = [argument for argument in argv[1:] if re.match("--?config=", argument)]
     rest = [argument for argument in argv[1:] if argument not in given]
     given = given or [f"--config={default}"] * bool(default and "--config" not in rest)
-    return app.parse_flags_with_usage([argv[0], *given, *rest])
+    sys.argv = [argv[0], *given, *rest]  # where ml_collections looks for the fields
+    return app.parse_flags_with_usage(sys.argv)
