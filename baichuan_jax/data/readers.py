@@ -113,7 +113,10 @@ def refuse(bad: BadRow) -> None:
 
 
 def read(
-    origin: Origin, options: Options, bad: Callable[[BadRow], None] = refuse
+    origin: Origin,
+    options: Options,
+    bad: Callable[[BadRow], None] = refuse,
+    name: Callable[[Any], str] | None = None,
 ) -> Iterator[tuple[int, Document]]:
     """Reads one origin, in constant memory: each document with its row, counted from 1.
 
@@ -122,6 +125,8 @@ def read(
 
     Args:
       bad: is called with what is no document, and the next row is read if it returns.
+      name: gives a name to what stands for a language and is none, such as 'C++'; without it,
+        the row is a bad one.
 
     Raises:
       ValueError: from the default of `bad`: names the file and the row; there is no such TFDS
@@ -134,7 +139,7 @@ def read(
         return
     for number, found in _rows(origin, options):
         if not isinstance(found, BadRow):
-            found = _document(origin, number, found, options)
+            found = _document(origin, number, found, options, name)
         if isinstance(found, BadRow):
             bad(found)
         else:
@@ -156,6 +161,7 @@ def _json_rows(file: epath.Path, options: Options) -> Iterator[Row]:
     try:
         for size, line in _lines(file, options.max_row_bytes):
             number += 1
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if size > options.max_row_bytes:
                 yield number, _too_long(path, number, size, options, line)
             elif line.strip():  # a blank line is no row
@@ -177,7 +183,7 @@ def _text_rows(file: epath.Path, options: Options) -> Iterator[Row]:
         yield 0, _too_long(path, 0, size, options)
         return
     with file.open("rb") as stream:
-        content = stream.read(_BLOCK if options.head else -1)
+        content = stream.read(_BLOCK if options.head else -1).removeprefix(codecs.BOM_UTF8)
     try:
         # The end of a head may cut a character: an incremental decoder waits for the rest.
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -277,7 +283,9 @@ def _blocks(file: epath.Path) -> Iterator[bytes]:
             raise EOFError("the last frame does not end")
 
 
-def _document(origin: Origin, number: int, row: Any, options: Options) -> Document | BadRow:
+def _document(
+    origin: Origin, number: int, row: Any, options: Options, name: Callable[[Any], str] | None
+) -> Document | BadRow:
     def bad(reason: str, message: str) -> BadRow:
         return BadRow(origin.path, number, reason, message, f"{row!r:.{_PREVIEW}}")
 
@@ -300,13 +308,15 @@ def _document(origin: Origin, number: int, row: Any, options: Options) -> Docume
         return bad("lone surrogate", message)
     if size > options.max_row_bytes:
         return _too_long(origin.path, number, size, options, text[:_PREVIEW].encode())
-    if not isinstance(language, str) or not NAME.fullmatch(language):
+    if isinstance(language, str) and NAME.fullmatch(language):
+        return Document(text, origin.source, language)
+    if name is None:
         message = (
             f"{options.language_field!r} must be a name of letters, digits, '_' or '-', such as"
             f" 'zh', not {language!r:.80}"
         )
         return bad("language is no name", message)
-    return Document(text, origin.source, language)
+    return Document(text, origin.source, name(language))
 
 
 def _preview(content: bytes) -> str:

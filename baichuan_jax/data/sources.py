@@ -3,7 +3,7 @@
 A source is a string: `PATH`, `NAME=PATH`, or several of them separated by commas
 (so a path cannot hold a comma). PATH is one of
 
-  a file, a glob or a folder (searched recursively), local or `gs://`:
+  a file, a glob or a folder (searched recursively), local (`~` is home) or `gs://`:
     .jsonl .jsonl.gz .jsonl.zst  one JSON object a line
     .parquet                     one row a document
     .txt .md .rst .tex .html     one file a document, and so are the source files in
@@ -177,7 +177,8 @@ def _name_and_path(source: str) -> tuple[str, str]:
     if match := TFDS.fullmatch(source):
         stem = match["name"].partition(":")[0]
     else:
-        parts = itertools.takewhile(lambda part: not _is_glob(part), epath.Path(source).parts)
+        parts = epath.Path(source).expanduser().parts
+        parts = itertools.takewhile(lambda part: not _is_glob(part), parts)
         stem = epath.Path(*parts).name.partition(".")[0]
     return re.sub(r"[^\w-]", "_", stem) or "text", source
 
@@ -187,7 +188,7 @@ def _is_glob(part: str) -> bool:
 
 
 def _files(path: str) -> list[epath.Path]:
-    root = epath.Path(path)
+    root = epath.Path(path).expanduser()
     if root.is_dir():
         found = [folder / name for folder, _, names in root.walk() for name in names]
         files = sorted(file for file in found if file.name.endswith(ENDINGS))

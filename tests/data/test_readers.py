@@ -1,5 +1,6 @@
 """Reading on after bad rows; the strict reading is tested in test_sources.py."""
 
+import codecs
 import gzip
 import json
 import tracemalloc
@@ -64,6 +65,42 @@ def test_the_strict_reading_says_the_same(tmp_path):
             with pytest.raises(ValueError) as error:
                 list(sources.documents(str(path)))
             assert str(error.value) == str(bad)
+
+
+def test_a_language_that_is_no_name_may_get_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    labels = ["zh", "C++", None, ["en"], 7, "Jupyter Notebook"]
+    path.write_text("\n".join(json.dumps({"text": "x", "lang": each}) for each in labels))
+    bad, asked = [], []
+
+    def name(label):
+        asked.append(label)
+        return "named"
+
+    found = list(readers.read(Origin("s", str(path)), Options(), bad.append, name))
+    languages = [document.language for _, document in found]
+    assert languages == ["zh", "named", "und", "named", "named", "named"]
+    assert asked == ["C++", ["en"], 7, "Jupyter Notebook"] and bad == []
+    path.write_text('{"text": 5, "lang": "C++"}')  # what is no text stays a bad row
+    assert list(readers.read(Origin("s", str(path)), Options(), bad.append, name)) == []
+    assert [each.reason for each in bad] == ["text is no string"] and len(asked) == 4
+
+
+@pytest.mark.parametrize("ending", PACK)
+def test_a_byte_order_mark_is_no_text(tmp_path, ending, monkeypatch):
+    path = tmp_path / f"a{ending}"
+    rows = '{"text": "\ufeff一"}\n{"text": "2"}'  # only the file's own goes
+    path.write_bytes(PACK[ending](codecs.BOM_UTF8 + rows.encode()))
+    assert read(path) == ([(1, "\ufeff一"), (2, "2")], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "_BLOCK", 2)
+        assert read(path) == ([(1, "\ufeff一"), (2, "2")], [])
+    path.write_bytes(PACK[ending](codecs.BOM_UTF8))
+    assert read(path) == ([], [])
+    text = tmp_path / "a.txt"
+    text.write_bytes(codecs.BOM_UTF8 + "很好".encode())
+    assert read(text) == ([(0, "很好")], [])
+    assert read(text, head=True) == ([(0, "很好")], [])
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])

@@ -196,6 +196,20 @@ def test_unusable_sources(tmp_path, source, message):
         sources.check(source.format(tmp_path))
 
 
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    (tmp_path / "me" / "in").mkdir(parents=True)
+    file = tmp_path / "me" / "in" / "a.txt"
+    file.write_text("one")
+    for source in ("~", "~/in", "~/in/a.txt", "~/in/*.txt", "x=~/in"):
+        assert [origin.path for origin in sources.origins(source)] == [str(file)]
+    assert sources.origins("~")[0].source == "me"
+    assert sources.stamp("~/in") != sources.stamp("~")
+    assert sources.expected_bytes("~/in") == 3
+    with pytest.raises(ValueError, match="no such file or folder"):
+        sources.origins("~/none.txt")
+
+
 def test_stamp_follows_the_files(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")

@@ -4,7 +4,9 @@ A chain becomes one pipeline: elements are whole blocks of at most 8 MB, grouped
 the functions. All workers must see the corpus's folder, and have this package installed.
 """
 
+import functools
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,8 +48,15 @@ class Beam:
         self._options = [f"--runner={RUNNERS[runner]}", *options]
 
     def run(self, name: str, items: Sequence[Any], first: First, *then: Then) -> Results:
-        folder = self._folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._folder / f"beam-{name}"  # what `Local` leaves has another form
+        return engine.kept(folder, functools.partial(self._run, folder, name, items, first, *then))
+
+    def _run(
+        self, folder: epath.Path, name: str, items: Sequence[Any], first: First, *then: Then
+    ) -> Results:
+        # One for each attempt: workers of a run that was killed may still be writing.
+        folder = folder / uuid.uuid4().hex
+        folder.mkdir(parents=True)
         # Of the flags, only these: Beam would read this process's own.
         pipeline = beam.Pipeline(options=PipelineOptions(self._options))
         blocks = (
@@ -71,13 +80,11 @@ class Beam:
         running.wait_until_finish()
         if client := getattr(running, "client", None):  # Dask's, which Beam leaves open
             client.close()
-        results = [
+        return [
             (key, block)
             for key, path in sorted((_key(path.name), path) for path in folder.glob("*[0-9]"))
             for block in _unpack(path.read_bytes())
         ]
-        folder.rmtree()
-        return results
 
 
 def _name(key: Key) -> str:

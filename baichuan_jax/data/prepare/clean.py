@@ -11,6 +11,7 @@ Shapes: C characters of all texts of a batch, N documents, L lines, K tokens.
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -92,6 +93,22 @@ class CleanConfig:
     code: CodeRules = dataclasses.field(default_factory=CodeRules)
     cut_lines: bool = True  # of boilerplate, in prose
 
+    def check(self) -> None:
+        """Raises a ValueError that names a limit that is no such thing.
+
+        Counts and lengths are 0 or more; shares, those with a default below 1, in [0, 1].
+        """
+        for kind in ("all", "characters", "words", "code"):
+            rules = getattr(self, kind)
+            for field in dataclasses.fields(rules):
+                value = getattr(rules, field.name)
+                share = isinstance(field.default, float) and field.default < 1
+                if not 0 <= value <= (1 if share else math.inf):
+                    raise ValueError(
+                        f"config.clean.{kind}.{field.name}={value} must be"
+                        f" {'a share, in [0, 1]' if share else '0 or more'}."
+                    )
+
 
 _ENDS = ".!?:;,\"')。！？：；，、…”’）」』》"
 _BULLETS = "*-+•●○■□▪‣◦·►–"
@@ -146,12 +163,10 @@ class _Batch:
 
 
 def _lines(joined: text.Joined, tokens: text.Tokens) -> text.Spans:
-    """Lines as those of `text.paragraphs`, of the tokens that are there already."""
-    newline = joined.codes == ord("\n")
-    starts = np.flatnonzero(newline[:-1] & ~newline[1:]) + 1
-    starts = np.union1d(starts, joined.starts[:-1][np.diff(joined.starts) > 0])
-    ends = np.append(starts[1:], len(newline))[: len(starts)]
-    first = np.searchsorted(tokens.starts, np.append(starts, len(newline)))
+    """The lines of `text.paragraphs`, but with hashes of the tokens that are there already."""
+    starts, size = text.line_starts(joined), len(joined.codes)
+    ends = np.append(starts[1:], size)[: len(starts)]
+    first = np.searchsorted(tokens.starts, np.append(starts, size))
 
     def sums(values):
         running = np.append(np.zeros(1, values.dtype), np.cumsum(values, dtype=values.dtype))

@@ -56,6 +56,26 @@ class DecontaminateConfig:
     coverage: float = 0.7
     enough_bytes: int = 100
 
+    def check(self) -> None:
+        """Reads all sets once; raises a ValueError that names the field, or the file, at fault."""
+        if not 0 < self.short_ngram < self.ngram:
+            raise ValueError(
+                f"config.decontaminate.short_ngram={self.short_ngram} must be positive and below"
+                f" config.decontaminate.ngram={self.ngram}."
+            )
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"config.decontaminate.coverage={self.coverage} must be in (0, 1].")
+        if self.enough_bytes < 1:
+            raise ValueError(
+                f"config.decontaminate.enough_bytes={self.enough_bytes} must be 1 or more."
+            )
+        if self.against:
+            try:
+                for _, path in evaluation_sets.files(self.against):
+                    collections.deque(evaluation_sets.fields(path), maxlen=0)
+            except ValueError as error:
+                raise ValueError(f"config.decontaminate.against={self.against}: {error}") from None
+
 
 def run(
     corpus: Corpus, stage: str, engine: Engine, config: DecontaminateConfig, seed: int = 0
@@ -171,29 +191,16 @@ def build(config: DecontaminateConfig) -> Index:
     """Reads the evaluation sets.
 
     Raises:
-      ValueError: a file cannot be read, or has not the form that its name says; names it. The
-        shorter n-grams are not shorter.
+      ValueError: a file cannot be read, or has not the form that its name says; names it.
     """
     return _build(config, evaluation_sets.files(config.against))
 
 
 def _build(config: DecontaminateConfig, files: Files) -> Index:
-    if not 0 < config.short_ngram < config.ngram:
-        raise ValueError(
-            f"config.decontaminate.short_ngram={config.short_ngram} must be positive and below"
-            f" config.decontaminate.ngram={config.ngram}."
-        )
     names = sorted({name for name, _ in files})
     items, strings, owners = [], [], []
     for number, (name, path) in enumerate(files):
-        for place, item in evaluation_sets.items(path):
-            fields = list(evaluation_sets.strings(item))
-            try:
-                "".join(fields).encode()
-            except UnicodeEncodeError:
-                raise ValueError(
-                    f"{path}, item {place}: holds a lone surrogate, which no UTF-8 text can hold."
-                ) from None
+        for place, fields in evaluation_sets.fields(path):
             strings += fields
             owners += [len(items)] * len(fields)
             items.append((names.index(name), number, place, 0))

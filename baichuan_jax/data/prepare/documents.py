@@ -10,7 +10,9 @@ A bucket only proposes and a chain of edges only gathers: what removes a documen
 similarity to the one that is kept. Documents without any token are never duplicates.
 
 Signatures lie beside the attribute tables, in `00000.signatures.npy` of each shard, 168 bytes a
-document. The connected components are found in one process: 2^31 documents at most.
+document. The connected components are found in one process, 2^31 documents at most, from a
+spanning forest of the edges: an edge at most for each document and worker. A component is settled
+by one worker, which holds 180 bytes for each of its documents.
 """
 
 import dataclasses
@@ -27,13 +29,18 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from baichuan_jax.data.prepare import minhash, text
-from baichuan_jax.data.prepare.corpus import Corpus, ids, whole
+from baichuan_jax.data.prepare.corpus import Corpus, ids, row_of, shard_of, whole
 from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json, partitions
+from baichuan_jax.data.prepare.groups import by_key
 
 REASON = "near duplicate"
-# A bucket of up to so many documents makes candidates of all its pairs. A bigger one, only of
-# each with the first and with the next: as many pairs, at most, for each document.
-SMALL_BUCKET = 24
+# A bucket of up to so many documents makes candidates of all its pairs. In a bigger one each is
+# paired with the next, and with the first of its `_STAR`: two pairs at most for each document.
+SMALL_BUCKET = 8
+_STAR = 1 << 10  # so that no document, and no worker, gets the pairs of a whole template
+_ROWS_PER_PART = 15  # as a power of two: a worker checks the pairs of so many rows of a shard
+_CHECKED = 1 << 14  # pairs in a block, with a signature of each: 3 MB
+_DENSE = 1 << 8  # documents of a cluster, from which on it is settled by itself
 _SHARDS_PER_RANGE = 256  # band keys of about so many shards are grouped by one worker
 _MEMBERS_PER_PART = 1 << 18  # of clusters, settled by one worker
 _LARGEST, _EXAMPLES = 20, 5  # clusters in the report, and their members
@@ -61,6 +68,14 @@ class DocumentsConfig:
     threshold: float = 0.75  # estimated Jaccard similarity of 5-token shingles
     simplify: bool = False  # traditional Chinese counts as the same as simplified
 
+    def check(self) -> None:
+        """Raises ValueError: the threshold is no similarity."""
+        if not 0 < self.threshold <= 1:
+            raise ValueError(
+                f"config.documents.threshold={self.threshold} should be a Jaccard similarity,"
+                " above 0 and at most 1."
+            )
+
 
 def run(
     corpus: Corpus, stage: str, engine: Engine, config: DocumentsConfig, seed: int = 0
@@ -79,20 +94,16 @@ def run(
       seed: not used; nothing here is drawn at random.
 
     Returns:
-      candidates, edges: numbers of pairs of documents.
+      candidates, edges: numbers of pairs of documents, checked and similar enough.
       clusters: number of kept documents that stand for others.
       largest: up to 20 clusters, each with the `kept` id, its `size`, and ids of some `members`.
 
     Raises:
-      ValueError: the threshold is no similarity.
+      ValueError: as `config.check`.
     """
-    if not 0 < config.threshold <= 1:
-        raise ValueError(
-            f"{stage}: threshold={config.threshold} should be a Jaccard similarity, above 0 and"
-            " at most 1."
-        )
-    candidates, edges = find_edges(corpus, stage, engine, config)
-    members, clusters = components(edges)
+    config.check()
+    candidates, edges, forest = find_edges(corpus, stage, engine, config)
+    members, clusters = components(forest)
     parts = 1 + len(members) // _MEMBERS_PER_PART
     starts = np.arange(corpus.num_shards() + 1, dtype=np.uint64) << np.uint64(32)
     cuts = np.searchsorted(members, starts)
@@ -114,7 +125,7 @@ def run(
     )
     return {
         "candidates": candidates,
-        "edges": len(edges),
+        "edges": edges,
         "clusters": sum(report["clusters"] for report in reports),
         "largest": largest[:_LARGEST],
     }
@@ -122,12 +133,13 @@ def run(
 
 def find_edges(
     corpus: Corpus, stage: str, engine: Engine, config: DocumentsConfig
-) -> tuple[int, np.ndarray]:
+) -> tuple[int, int, np.ndarray]:
     """Sketches all documents, and checks those that meet.
 
     Returns:
-      The number of different pairs checked, and the ids of those that are similar enough:
-      uint64 [E, 2], the lower id first, in order.
+      The number of different pairs checked; of those that are similar enough; and of these as
+      many as connect what they all connect (`spanning`): ids, uint64 [E, 2], the lower one
+      first, in order.
     """
     ranges = partitions(corpus.num_shards(), _SHARDS_PER_RANGE)
     found = engine.run(
@@ -138,22 +150,23 @@ def find_edges(
         functools.partial(_send, corpus=corpus, stage=stage),
         functools.partial(_check, corpus=corpus, stage=stage, threshold=config.threshold),
     )
-    edges = [block for (kind,), block in found if kind == _EDGES]
-    edges = np.concatenate([np.zeros((0, 2), np.uint64), *edges])
-    count = sum(int(block.sum()) for (kind,), block in found if kind == _COUNT)
-    return count, edges[np.lexsort((edges[:, 1], edges[:, 0]))]
+    forest = [block for (kind,), block in found if kind == _EDGES]
+    forest = np.concatenate([np.zeros((0, 2), np.uint64), *forest])
+    counts = [block for (kind,), block in found if kind == _COUNT]
+    checked, edges = np.sum([np.zeros(2, int), *counts], axis=0).tolist()
+    return checked, edges, forest[np.lexsort((forest[:, 1], forest[:, 0]))]
 
 
 def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Pairs of documents with the same key: all in a small bucket, a star and a chain in a big one.
+    """Pairs of documents with the same key: all in a small bucket, stars and a chain in a big one.
 
     Args:
       keys: uint64 [K], the keys of one band.
       documents: uint64 [K], ids; each once.
 
     Returns:
-      `_PAIR` [P], the lower id first. The order of a big bucket is another one for each key,
-      so that the bands together connect a document to many others.
+      `_PAIR` [P], the lower id first. The order of a big bucket's documents is drawn, and is the
+      same for every key: so those of one template make the same pairs in most bands.
     """
     order = np.argsort(keys)
     ordered = keys[order]
@@ -162,7 +175,7 @@ def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
     shared[1:] |= equal
     shared[:-1] |= equal
     keys, documents = ordered[shared], documents[order[shared]]
-    order = np.lexsort((text.mix(documents ^ keys), keys))
+    order = np.lexsort((text.mix(documents), keys))
     keys, documents = keys[order], documents[order]
     starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
     sizes = np.diff(np.append(starts, len(keys)))
@@ -174,8 +187,9 @@ def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
         near = np.flatnonzero((left >= distance) & (~big | (distance == 1)))
         first.append(near)
         second.append(near + distance)
-    first.append(np.repeat(starts, sizes)[big & (place > 1)])
-    second.append(np.flatnonzero(big & (place > 1)))
+    ray = np.flatnonzero(big & (place % _STAR > 1))  # what follows its centre is in the chain
+    first.append(ray - place[ray] % _STAR)
+    second.append(ray)
     first, second = documents[np.concatenate(first)], documents[np.concatenate(second)]
     pairs = np.empty(len(first), _PAIR)
     pairs["low"], pairs["high"] = np.minimum(first, second), np.maximum(first, second)
@@ -184,11 +198,23 @@ def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 def components(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Connected components: edges uint64 [E, 2] → the nodes in order, the component of each."""
+    nodes, graph = _graph(edges)
+    return nodes, csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def spanning(edges: np.ndarray) -> np.ndarray:
+    """Edges, uint64 [E, 2] → such of them as have the same components and no circle."""
+    nodes, graph = _graph(edges)
+    forest = csgraph.minimum_spanning_tree(graph).tocoo()
+    return np.sort(np.stack([nodes[forest.row], nodes[forest.col]], axis=1), axis=1)
+
+
+def _graph(edges: np.ndarray) -> tuple[np.ndarray, sparse.csr_array]:
     nodes, places = np.unique(edges, return_inverse=True)
     places = places.reshape(edges.shape)
     ones = np.ones(len(edges), np.int8)
     graph = sparse.coo_array((ones, (places[:, 0], places[:, 1])), shape=(len(nodes),) * 2)
-    return nodes, csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
+    return nodes, graph.tocsr()
 
 
 def kept_documents(members: np.ndarray, threshold: float) -> np.ndarray:
@@ -202,13 +228,17 @@ def kept_documents(members: np.ndarray, threshold: float) -> np.ndarray:
       uint64 [K].
     """
     kept = members["id"].copy()
+    signatures = members["signature"]
     longest_first = -members["characters"].astype(np.int64)
     left = np.lexsort((members["id"], longest_first, members["cluster"]))
     while len(left):
         cluster = members["cluster"][left]
         first = np.append(True, cluster[1:] != cluster[:-1])
-        root = left[first][np.cumsum(first) - 1]
-        signatures = members["signature"]
+        if len(left) > _DENSE * np.count_nonzero(first):
+            for own in np.split(left, np.flatnonzero(first)[1:]):
+                kept[own] = members["id"][own[minhash.leaders(signatures[own], threshold)]]
+            break
+        root = left[first][np.cumsum(first) - 1]  # one for each cluster, all at the same time
         like = minhash.similarity(signatures, left, signatures, root) >= threshold
         like |= first
         kept[left[like]] = members["id"][root[like]]
@@ -241,36 +271,41 @@ def _sketch(
 
 
 def _meet(key: Key, blocks: list[Block]) -> Iterator[tuple[Key, Block]]:
-    """Candidates of a band and range, by the shard of the lower id."""
+    """Candidates of a band and range, by the part of a shard that has the lower id."""
     keyed = np.concatenate(blocks)
-    yield from _by_shard(candidate_pairs(keyed["key"], keyed["id"]), "low")
+    yield from _by_part(candidate_pairs(keyed["key"], keyed["id"]), "low")
 
 
 def _send(key: Key, blocks: list[Block], corpus: Corpus, stage: str) -> Iterator[tuple[Key, Block]]:
-    """Each candidate once, with the signature of the lower id, by the shard of the higher."""
+    """Each candidate once, with the signature of the lower id, by the part of the higher."""
     pairs = np.concatenate(blocks)
     pairs = pairs[np.lexsort((pairs["low"], pairs["high"]))]
     pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
     stored = _stored(corpus, stage, key[0])
-    for shard, some in _by_shard(pairs, "high"):
-        checks = np.empty(len(some), _CHECK)
-        checks["low"], checks["high"] = some["low"], some["high"]
-        checks["signature"] = stored["signature"][_places(stored, some["low"])]
-        yield shard, checks
+    for part, group in _by_part(pairs, "high"):
+        for start in range(0, len(group), _CHECKED):
+            some = group[start : start + _CHECKED]
+            checks = np.empty(len(some), _CHECK)
+            checks["low"], checks["high"] = some["low"], some["high"]
+            checks["signature"] = stored["signature"][_places(stored, some["low"])]
+            yield part, checks
 
 
 def _check(
     key: Key, blocks: list[Block], corpus: Corpus, stage: str, threshold: float
 ) -> Iterator[tuple[Key, Block]]:
-    """The candidates that are similar enough, and how many were checked."""
+    """Of the candidates that are similar enough a forest, and how many were checked and are."""
     stored = _stored(corpus, stage, key[0])
+    edges = []
     for block in blocks:
         places = _places(stored, block["high"])
         own = np.arange(len(block))
         similar = minhash.similarity(block["signature"], own, stored["signature"], places)
-        edges = block[similar >= threshold]
-        yield (_EDGES,), np.stack([edges["low"], edges["high"]], axis=1)
-        yield (_COUNT,), np.array([len(block)])
+        found = block[similar >= threshold]
+        edges.append(np.stack([found["low"], found["high"]], axis=1))
+    edges = np.concatenate(edges)
+    yield (_EDGES,), spanning(edges)
+    yield (_COUNT,), np.array([sum(map(len, blocks)), len(edges)])
 
 
 def _members(
@@ -298,7 +333,7 @@ def _settle(key: Key, blocks: list[Block], threshold: float) -> Iterator[tuple[K
     verdicts["id"], verdicts["kept"] = members["id"], kept_documents(members, threshold)
     kept, inverse, sizes = np.unique(verdicts["kept"], return_inverse=True, return_counts=True)
     verdicts["size"] = sizes[inverse]
-    for (shard,), some in _by_shard(verdicts, "id"):
+    for shard, some in by_key(shard_of(verdicts["id"]), verdicts):
         yield (_WRITE, shard), some
     report = {"clusters": int(np.count_nonzero(sizes > 1)), "largest": []}
     largest = np.lexsort((kept, -sizes))[:_LARGEST]
@@ -322,7 +357,7 @@ def _write(
         return
     shard, verdicts = key[1], np.concatenate(blocks)
     rows = corpus.read(shard)["row"].to_numpy()
-    of_row = np.searchsorted(rows, (verdicts["id"] & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+    of_row = np.searchsorted(rows, row_of(verdicts["id"]))
     sizes, kept = np.ones(len(rows), np.uint32), ids(shard, rows)
     sizes[of_row], kept[of_row] = verdicts["size"], verdicts["kept"]
     stays = kept == ids(shard, rows)
@@ -337,21 +372,17 @@ def _write(
     yield from ()
 
 
-def _by_shard(records: np.ndarray, field: str) -> Iterator[tuple[Key, Block]]:
-    """The records in groups of the same shard in the ids of a field."""
-    shards = (records[field] >> np.uint64(32)).astype(np.int64)
-    order = np.argsort(shards, kind="stable")
-    records, shards = records[order], shards[order]
-    cuts = np.flatnonzero(shards[1:] != shards[:-1]) + 1
-    for group in np.split(records, cuts):
-        if len(group):
-            yield (int(group[field][0] >> np.uint64(32)),), group
+def _by_part(pairs: np.ndarray, field: str) -> Iterator[tuple[Key, Block]]:
+    """The pairs by the shard of the ids of a field, and which part of the shard has them."""
+    parts = pairs[field] >> np.uint64(_ROWS_PER_PART)
+    in_shard = 32 - _ROWS_PER_PART
+    for part, group in by_key(parts, pairs):
+        yield (part >> in_shard, part & ((1 << in_shard) - 1)), group
 
 
 def _places(stored: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """Where the ids of a shard's documents stand among its stored signatures."""
-    rows = (documents & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    return np.searchsorted(stored["row"], rows)
+    return np.searchsorted(stored["row"], row_of(documents))
 
 
 def _stored(corpus: Corpus, stage: str, shard: int) -> np.ndarray:

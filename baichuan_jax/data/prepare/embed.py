@@ -87,8 +87,7 @@ def embed(
     Raises:
       ValueError: `dimensions` is no such number.
     """
-    if dimensions < 2 * _BLOCKS or dimensions & (dimensions - 1):
-        raise ValueError(f"dimensions={dimensions} must be a power of two, at least {2 * _BLOCKS}.")
+    check_dimensions(dimensions)
     width = dimensions // _BLOCKS
     bits = width.bit_length()  # a place in a block, and a sign
     salt = np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
@@ -107,6 +106,12 @@ def embed(
         lengths = np.linalg.norm(sums, axis=1, keepdims=True)
         embeddings[part] = sums / np.where(lengths > 0, lengths, 1)
     return embeddings
+
+
+def check_dimensions(dimensions: int, field: str = "dimensions") -> None:
+    """Raises ValueError: texts cannot be embedded in so many numbers."""
+    if dimensions < 2 * _BLOCKS or dimensions & (dimensions - 1):
+        raise ValueError(f"{field}={dimensions} must be a power of two, at least {2 * _BLOCKS}.")
 
 
 def path(corpus: Corpus, stage: str, name: str) -> epath.Path:

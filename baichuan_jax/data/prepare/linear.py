@@ -28,7 +28,7 @@ BITS = 20  # of a hash: W = 2^20, 4 MB a head
 ANY = ""  # the language of the head for all that has no head of its own
 
 _SHIFT = np.uint64(64 - BITS)
-_PAIR_MULTIPLIER = np.uint64(0xC2B2AE3D27D4EB4F)  # an odd number drawn once, at random
+_PAIR_MULTIPLIER = np.uint64(0xC2B2AE3D27D4EB4F)  # the second 64-bit prime of xxHash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,28 @@ def load(path: epath.PathLike) -> Linear:
 @functools.lru_cache(maxsize=4)
 def _load(path: str, *_: float) -> Linear:
     return Linear.load(path)
+
+
+def check_choice(fields: tuple[str, str, str], positive: str, negative: str, path: str) -> None:
+    """Raises a ValueError unless a config asks for one classifier that it can have, or for none.
+
+    Args:
+      fields: the names of what follows.
+      positive, negative: sources of examples, to train one.
+      path: of one that is saved.
+    """
+    if path and (positive or negative):
+        raise ValueError(
+            f"{fields[2]}={path} is trained already: leave {fields[0]} and {fields[1]} empty."
+        )
+    if bool(positive) != bool(negative):
+        (given, other), value = (fields[:2], positive) if positive else (fields[1::-1], negative)
+        raise ValueError(f"{given}={value} needs {other}, too: a classifier is trained on both.")
+    if path:
+        try:
+            load(epath.Path(path).expanduser())
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"{fields[2]}={path}: {error}") from None
 
 
 def features(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -78,17 +78,11 @@ def fit(
       The classifier, and what there is to report about it.
 
     Raises:
-      ValueError: the fields contradict each other; or as `Linear.load` and `train`.
+      ValueError: as `linear.check_choice` and `train`.
     """
-    if path and (positive or negative):
-        raise ValueError(
-            f"{fields[2]} is trained already: leave {fields[0]} and {fields[1]} empty."
-        )
-    if bool(positive) != bool(negative):
-        given, other = fields[:2] if positive else fields[1::-1]
-        raise ValueError(f"{given} needs {other}, too: a classifier is trained on both.")
+    linear.check_choice(fields, positive, negative, path)
     if path:
-        found = Linear.load(epath.Path(path).expanduser())
+        found = linear.load(epath.Path(path).expanduser())
         return found, {"classifier": path, "fingerprint": found.fingerprint}
     if not positive:
         return None, {}

@@ -28,6 +28,8 @@ PERMUTATIONS = BANDS * ROWS
 _BLOCK_MULTIPLIERS, _BLOCK_SHINGLES = 16, 8192
 _LAST = np.iinfo(np.uint32).max
 _PAIRS = 1 << 14  # signatures compared at a time
+_LEADERS = 1 << 6  # texts that stand for others, found at a time
+_COLUMNS = 1 << 13  # signatures in columns, compared at a time: 1.3 MB
 
 
 def _odd(count: int, seed: int, dtype: type[np.unsignedinteger]) -> np.ndarray:
@@ -135,6 +137,73 @@ def similarity(first: np.ndarray, i: np.ndarray, second: np.ndarray, j: np.ndarr
     for start in range(0, len(i), _PAIRS):
         pairs = slice(start, start + _PAIRS)
         equal[pairs] = np.count_nonzero(first[i[pairs]] == second[j[pairs]], axis=1)
+    return _estimate(equal)
+
+
+def matches_of(similarity: float) -> int:
+    """The least number of equal bytes whose estimate reaches a similarity of at most 1."""
+    return int(np.argmax(_estimate(np.arange(PERMUTATIONS + 1)) >= similarity))
+
+
+def matches(columns: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """How many bytes of signatures, uint8 [PERMUTATIONS, N], are those of one: uint8 [N]."""
+    equal = columns == one[:, None]
+    return np.add.reduce(equal.view(np.uint8), axis=0, dtype=np.uint8)
+
+
+def first_match(columns: np.ndarray, ones: np.ndarray, least: int) -> np.ndarray:
+    """The first of some signatures that has so many bytes of each of N others.
+
+    Args:
+      columns, ones: uint8 [PERMUTATIONS, N] and [PERMUTATIONS, K].
+      least: equal bytes that are enough.
+
+    Returns:
+      Its place among `ones`, int64 [N]; -1 where none has.
+    """
+    found = np.full(columns.shape[1], -1)
+    for start in range(0, columns.shape[1], _COLUMNS):
+        block = np.ascontiguousarray(columns[:, start : start + _COLUMNS])
+        here = found[start : start + _COLUMNS]
+        for place, one in enumerate(ones.T):
+            here[(matches(block, one) >= least) & (here < 0)] = place
+    return found
+
+
+def leaders(signatures: np.ndarray, threshold: float) -> np.ndarray:
+    """Who stands for whom: each text that none stands for, in turn, for all later ones like it.
+
+    Some of these are found at a time, and compared with all others while those lie in the cache.
+
+    Args:
+      signatures: uint8 [N, PERMUTATIONS].
+      threshold: estimated similarity that is like.
+
+    Returns:
+      The place of the text that stands for each, its own maybe: int64 [N].
+    """
+    leaders = np.arange(len(signatures))
+    columns, left = np.ascontiguousarray(signatures.T), leaders.copy()
+    least = matches_of(threshold)
+    while len(left):
+        some = columns[:, :_LEADERS]
+        like = np.array([matches(some, one) for one in some.T]) >= least
+        found, free = [], np.ones(some.shape[1], bool)
+        for place in range(some.shape[1]):
+            if free[place]:
+                leaders[left[:_LEADERS][free & like[place]]] = left[place]
+                free &= ~like[place]
+                found.append(place)
+        others = columns[:, _LEADERS:]
+        led_by = first_match(others, columns[:, found], least)
+        led = led_by >= 0
+        left, others_left = left[found], left[_LEADERS:]
+        leaders[others_left[led]] = left[led_by[led]]
+        left, columns = others_left[~led], np.ascontiguousarray(others[:, ~led])
+    return leaders
+
+
+def _estimate(equal: np.ndarray) -> np.ndarray:
     return (equal / PERMUTATIONS - 1 / 256) / (1 - 1 / 256)
 
 

@@ -8,12 +8,12 @@ written counts as 1:
                   does, up to a size beyond which it is boilerplate (as in FineWeb-2, whose
                   weights also rise for clusters of middle size and are 1 for the largest)
     uniqueness    the part of the document that others do not have
-    positive      what the safety stage raises (§4)
 
 Weights are relative inside a set (a source in a language): they are scaled so that a set keeps
 its bytes times `epochs`, and the scale takes into account that no document counts more than
 `max_repeats` times. Systematic resampling turns a weight into a whole number of copies less than
-1 away from it. How the sets are mixed is another matter: see `set_weights`.
+1 away from it. How the sets are mixed, and which sources are raised because their values are
+good (§4), is another matter: see `set_weights`.
 
 Weights are rounded to powers of 2^(1/32). So a set's weights are a short histogram, which adds up
 to the same over any division of the documents, and one look at the corpus is enough to scale them.
@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,6 @@ from baichuan_jax.data.prepare.corpus import Corpus
 from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
 
 SCORES = ("quality", "quality_decile", "cluster_size", "copies", "repeated_share")
-SCORES += ("positive_factor",)
 _STEPS = 32  # of weights, in an octave
 _LEAST = 0.1  # of the factor for uniqueness: somebody has to keep what everybody repeats
 _SHARDS = 256  # whose histograms of quality are added up at one time
@@ -55,7 +54,6 @@ class MixtureConfig:
     # SIZE=FACTOR,… for clusters of that size and more; '': off
     cluster_size: str = "1=1,2=1.5,4=2,8=2.5,128=2,512=1.5,1024=1"
     uniqueness: float = 1.0  # the power of 1 - repeated_share; 0: off
-    positive: bool = True
     max_repeats: int = 4  # of a document in an epoch; a fifth time teaches little
     epochs: float = 1.0  # each set's expected bytes, as a multiple of those it has
     epoch: int = 0  # another number draws other documents
@@ -66,7 +64,7 @@ class MixtureConfig:
         """Raises a ValueError that names the field that is wrong."""
         _tenths(self.quality)
         _table(self.cluster_size)
-        _factors(self.source_weights)
+        _of_names(self.source_weights)
         if not 1 <= self.max_repeats <= 255:
             raise ValueError(
                 f"config.mixture.max_repeats={self.max_repeats} must be between 1 and 255."
@@ -143,8 +141,8 @@ def factors(scores: Mapping[str, np.ndarray], size: int, config: MixtureConfig) 
     """The weights of N documents before they are scaled, float64 [N].
 
     Args:
-      scores: `quality_decile` (uint8), `cluster_size`, `copies`, `repeated_share`,
-        `positive_factor` (numbers, NaN where unknown), each [N]; any may be missing.
+      scores: `quality_decile` (uint8), `cluster_size`, `copies`, `repeated_share` (numbers, NaN
+        where unknown), each [N]; any may be missing.
       size: N.
     """
     weights = np.ones(size)
@@ -162,8 +160,6 @@ def factors(scores: Mapping[str, np.ndarray], size: int, config: MixtureConfig) 
     if config.uniqueness and "repeated_share" in scores:
         unique = 1 - np.nan_to_num(scores["repeated_share"])
         weights *= np.maximum(unique, _LEAST) ** config.uniqueness
-    if config.positive and "positive_factor" in scores:
-        weights *= _or_one(scores["positive_factor"])
     return weights
 
 
@@ -193,27 +189,42 @@ def counts(weights: np.ndarray, start: float) -> np.ndarray:
     return np.diff(edges).astype(np.int64)
 
 
+def check_sources(config: MixtureConfig, known: Iterable[str]) -> None:
+    """Raises a ValueError if `source_weights` names neither a source nor a set of one.
+
+    Which sets a source has comes out late; the names of the sources are known before any work.
+    """
+    known, named = tuple(known), _of_names(config.source_weights)
+    of_none = [n for n in named if not any(n == s or n.startswith(f"{s}.") for s in known)]
+    _refuse(f"config.mixture.source_weights={config.source_weights}", of_none, known)
+
+
 def set_weights(
-    tokens: Mapping[str, int], source_of: Mapping[str, str], config: MixtureConfig
+    tokens: Mapping[str, int],
+    source_of: Mapping[str, str],
+    config: MixtureConfig,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """The sets' weights in the mix, in tokens: tokens ** alpha * factor, with the tokens' sum.
+    """The sets' weights in the mix, in tokens: tokens ** alpha * factors, with the tokens' sum.
 
     Args:
       tokens: of each set, with repeats.
       source_of: the source of each set.
+      factors: how many times more often sources of good values are seen; others have 1. See
+        `safety.factors`.
 
     Raises:
-      ValueError: `config.source_weights` names neither a set nor a source, or leaves nothing.
+      ValueError: `config.source_weights` names neither a set nor a source, or leaves nothing;
+        `factors` names no source.
     """
-    given = _factors(config.source_weights)
-    if unknown := set(given) - set(tokens) - set(source_of.values()):
-        known = sorted({*tokens, *source_of.values()})
-        raise ValueError(
-            f"config.mixture.source_weights names {', '.join(sorted(unknown))}; there are"
-            f" {', '.join(known)}."
-        )
+    factors, given = factors or {}, _of_names(config.source_weights)
+    known = {*tokens, *source_of.values()}
+    _refuse(f"config.mixture.source_weights={config.source_weights}", set(given) - known, known)
+    _refuse("config.safety.positive", set(factors) - set(source_of.values()), source_of.values())
     weights = {
-        name: size**config.alpha * given.get(name, given.get(source_of[name], 1.0))
+        name: size**config.alpha
+        * given.get(name, given.get(source_of[name], 1.0))
+        * factors.get(source_of[name], 1.0)
         for name, size in tokens.items()
     }
     if not sum(weights.values()):
@@ -362,35 +373,48 @@ def _or_one(values: np.ndarray) -> np.ndarray:
 
 
 def _tenths(string: str) -> list[float]:
-    values = [_positive(part, "quality") for part in sources.split(string)]
-    if len(values) not in (0, 10):
+    values = [_number(part) for part in sources.split(string)]
+    if len(values) not in (0, 10) or not all(value > 0 for value in values):
         raise ValueError(
-            f"config.mixture.quality={string} has {len(values)} factors; it needs ten, for the"
-            " worst tenth first, or none."
+            f"config.mixture.quality={string} should be ten factors above 0, that of the worst"
+            " tenth first, or nothing."
         )
     return values
 
 
 def _table(string: str) -> tuple[np.ndarray, np.ndarray]:
     pairs = [part.partition("=") for part in sources.split(string)]
-    bounds = [_positive(size, "cluster_size") for size, _, _ in pairs]
-    if bounds != sorted(set(bounds)):
-        raise ValueError(f"config.mixture.cluster_size={string} should have rising sizes.")
-    values = [_positive(factor, "cluster_size") for _, _, factor in pairs]
+    bounds, values = ([_number(pair[end]) for pair in pairs] for end in (0, 2))
+    if bounds != sorted(set(bounds)) or not all(value > 0 for value in (*bounds, *values)):
+        raise ValueError(
+            f"config.mixture.cluster_size={string} should be SIZE=FACTOR,… with sizes that rise"
+            " and factors above 0."
+        )
     return np.array(bounds), np.array(values)
 
 
-def _factors(string: str) -> dict[str, float]:
+def _of_names(string: str) -> dict[str, float]:
     pairs = [part.rpartition("=") for part in sources.split(string)]
-    return {name: _positive(factor, "source_weights", zero=True) for name, _, factor in pairs}
+    found = {name: _number(factor) for name, _, factor in pairs}
+    if not all(name and value >= 0 for name, value in found.items()):
+        raise ValueError(
+            f"config.mixture.source_weights={string} should be NAME=FACTOR,… with factors of 0 or"
+            " more."
+        )
+    return found
 
 
-def _positive(string: str, field: str, zero: bool = False) -> float:
+def _number(string: str) -> float:
+    """NaN for what is no finite number; so no comparison with it holds."""
     try:
         value = float(string)
     except ValueError:
-        value = math.nan
-    if not (0 < value < math.inf or (zero and value == 0)):
-        least = "0 or more" if zero else "above 0"
-        raise ValueError(f"config.mixture.{field}: {string!r} should be a number {least}.")
-    return value
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _refuse(field: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(unknown):
+        raise ValueError(
+            f"{field} names {', '.join(unknown)}; there are {', '.join(sorted(set(known)))}."
+        )

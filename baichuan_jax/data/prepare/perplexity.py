@@ -1,8 +1,9 @@
 """Bits per byte of each document's beginning under a small model of ours, as a score (§2.1).
 
 Fluent text has few. So has text that repeats itself, and what the model was trained on: it is a
-score to look at and to weigh by, not a verdict. Choose a model with a small vocabulary: with
-125,696 tokens the head of a small one costs more than all its layers.
+score to look at, no verdict: it is in the report and beside the documents, and nothing is dropped
+or weighed by it. Choose a model with a small vocabulary: with 125,696 tokens the head of a small
+one costs more than all its layers.
 
 The model is handed in, loaded, and computes in the driver's process: see reading.py.
 """
@@ -25,6 +26,12 @@ class PerplexityConfig:
     tokens: int = 512  # from its beginning, and no more than the model was trained on
     batch_tokens: int = 1 << 14  # in one batch, on each part of the mesh with rows of its own
 
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong."""
+        for name, least in (("tokens", 2), ("batch_tokens", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"config.perplexity.{name}={value} must be {least} or more.")
+
 
 def run(corpus: Corpus, stage: str, model: Any, config: PerplexityConfig) -> dict:
     """Writes `bits_per_byte` (float32) of all documents; shards that have it are left alone.
@@ -41,11 +48,7 @@ def run(corpus: Corpus, stage: str, model: Any, config: PerplexityConfig) -> dic
     Raises:
       ValueError: a field of the config is too small.
     """
-    if config.tokens < 2 or config.batch_tokens < 1:
-        raise ValueError(
-            f"config.perplexity.tokens={config.tokens} must be at least 2, and"
-            f" config.perplexity.batch_tokens={config.batch_tokens} at least 1."
-        )
+    config.check()
     # Here, for it needs JAX, and the workers, which import the settings, do without.
     from baichuan_jax.data.prepare.reading import bits_per_byte
 

@@ -98,7 +98,7 @@ def _class_table() -> np.ndarray:
     table[0xE0000:] = GARBLED  # tags, and private use
     for code in np.flatnonzero(kinds[:0x30000] != text.HAN).tolist():
         category = unicodedata.category(chr(code))
-        if category in ("Zs", "Zl", "Zp", "Cf") or chr(code) in "\t\n\v\f\r\x85":
+        if category in ("Zs", "Zl", "Zp", "Cf") or chr(code) in "\t" + text.NEWLINES:
             table[code] = BLANK
         elif category in ("Cc", "Co", "Cs", "Cn"):
             table[code] = GARBLED

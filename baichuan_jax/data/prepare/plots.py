@@ -1,4 +1,4 @@
-"""The pictures of the report: the funnel as the paper's Figure 2 has it, scores, sampling."""
+"""The pictures of the report: the paper's Figure 2 for this corpus, scores, sampling."""
 
 import io
 import math
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,57 +16,79 @@ from baichuan_jax.data.prepare.survey import OTHER, Survey
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _GREYS = {OTHER: "#7a7a7a", "und": "#bdbdbd"}
 _REMOVED = "#e8e8e8"
+_NAME = 20  # characters of a group's name in a legend
 _BARS = 48
 
 
-def colours(languages: Sequence[str]) -> dict[str, str]:
-    """A colour a language, the same in all pictures."""
-    named = [language for language in languages if language not in _GREYS]
+def colours(groups: Sequence[str]) -> dict[str, str]:
+    """A colour a group of documents, of a language the same in all pictures."""
+    named = [group for group in groups if group not in _GREYS]
     found = {name: _COLOURS[n % len(_COLOURS)] for n, name in enumerate(named)}
-    return {language: found.get(language) or _GREYS[language] for language in languages}
+    return {group: found.get(group) or _GREYS[group] for group in groups}
 
 
 def funnel(
     path: epath.Path,
     stages: Sequence[str],
-    kept: Mapping[str, Sequence[float]],
+    kept: Mapping[str, Mapping[str, Sequence[float]]],
     paper: Mapping[str, float],
 ) -> None:
-    """A bar a stage: what is left of the text after it, by language, and what it removed.
+    """A bar a stage: what is left of the text after it, by groups, and what it removed.
 
     Args:
       stages: those to draw, the raw corpus first.
-      kept: percent of the raw text after each stage, by language.
+      kept: for each panel, by its title, the percent of the raw text after each stage by group.
       paper: by stage, the percent left in the paper.
     """
-    figure = Figure(figsize=(8, 1.1 + 0.42 * len(stages)), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    places, left, bars = np.arange(len(stages)), np.zeros(len(stages)), []
-    for language, colour in colours(list(kept)).items():
-        shares = np.array(kept[language])
-        bars.append(axes.barh(places, shares, 0.68, left, color=colour, label=language))
+    rows = max(len(stages), 2 + max(map(len, kept.values())))  # of bars, or of the legend
+    size = (9, len(kept) * (0.5 + 0.38 * rows) + 0.4)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    panels = figure.subplots(len(kept), sharex=True, squeeze=False).ravel()
+    for axes, (title, groups) in zip(panels, kept.items(), strict=True):
+        _funnel(axes, stages, groups, paper)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        handles, names = axes.get_legend_handles_labels()
+        bars = [number for number, handle in enumerate(handles) if handle not in axes.lines]
+        order = [*bars, *(number for number in range(len(handles)) if number not in bars)]
+        axes.legend(
+            [handles[number] for number in order], [names[number] for number in order],
+            loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=9, handlelength=1.2,
+        )  # fmt: skip
+    panels[-1].set_xlabel("percent of the raw text (UTF-8 bytes)")
+    _save(figure, path)
+
+
+def _funnel(
+    axes: Axes,
+    stages: Sequence[str],
+    kept: Mapping[str, Sequence[float]],
+    paper: Mapping[str, float],
+) -> None:
+    places, left = np.arange(len(stages)), np.zeros(len(stages))
+    for group, colour in colours(list(kept)).items():
+        shares = np.array(kept[group])
+        axes.barh(places, shares, 0.68, left, color=colour, label=_short(group))
         left += shares
     removed = -np.diff(left, prepend=left[0])
     lost = np.maximum(removed, 0)
-    bars.append(axes.barh(places, lost, 0.68, left, color=_REMOVED, label="removed here"))
+    axes.barh(places, lost, 0.68, left, color=_REMOVED, label="removed here")
     for place, share in enumerate(left):
         note = f"{share:.1f}%" + (f"   −{removed[place]:.2f}" if removed[place] > 0.004 else "")
         end = (share + lost[place], place)
-        axes.annotate(note, end, (4, 0), textcoords="offset points", va="center")
+        axes.annotate(note, end, (4, 0), textcoords="offset points", va="center", fontsize=9)
     if marked := [place for place, stage in enumerate(stages) if stage in paper]:
         shares = [paper[stages[place]] for place in marked]
-        axes.plot(shares, marked, "k|", markersize=15, markeredgewidth=1.8, label="left, paper")
+        axes.plot(shares, marked, "k|", markersize=14, markeredgewidth=1.8, label="left, paper")
     axes.set_yticks(places, ["raw", *stages[1:]])
     axes.invert_yaxis()
-    axes.set(xlim=(0, 122), xlabel="percent of the raw text (UTF-8 bytes)")
+    axes.set_xlim(0, 122)
     axes.set_xticks(range(0, 101, 20))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    handles = [*bars, *axes.lines]
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=9, frameon=False, handlelength=1.2
-    )
-    _save(figure, path)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
 
 
 def scores(path: epath.Path, survey: Survey) -> None:

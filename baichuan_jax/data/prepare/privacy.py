@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from baichuan_jax.data import sources
 from baichuan_jax.data.prepare import language
 
 
@@ -27,6 +28,18 @@ class PrivacyConfig:
 
     kinds: str = "email,id,card,phone,ip"  # some of these
     placeholder: str = "<{}>"  # {} becomes EMAIL, ID, CARD, PHONE or IP
+
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong."""
+        if unknown := set(sources.split(self.kinds)) - set(_KINDS):
+            raise ValueError(
+                f"config.privacy.kinds={self.kinds} has {', '.join(sorted(unknown))}: should be"
+                f" some of {', '.join(_KINDS)}."
+            )
+        if "{}" not in self.placeholder:
+            raise ValueError(
+                f"config.privacy.placeholder={self.placeholder} should have a {{}} for the kind."
+            )
 
 
 def mask(documents: pa.Table, config: PrivacyConfig) -> pa.Table:
@@ -40,15 +53,10 @@ def mask(documents: pa.Table, config: PrivacyConfig) -> pa.Table:
       many of each kind were masked: `masked_email` and so on, uint32.
 
     Raises:
-      ValueError: the config names an unknown kind, or its placeholder has no {}.
+      ValueError: a field of the config is wrong.
     """
-    kinds = {kind.strip() for kind in config.kinds.split(",") if kind.strip()}
-    if unknown := kinds - set(_KINDS):
-        raise ValueError(
-            f"config.kinds has {', '.join(sorted(unknown))}: should be some of {', '.join(_KINDS)}."
-        )
-    if "{}" not in config.placeholder:
-        raise ValueError(f"config.placeholder={config.placeholder!r} has no {{}} for the kind.")
+    config.check()
+    kinds = sources.split(config.kinds)
     texts = pc.fill_null(documents["text"], "").combine_chunks()
     prose = np.not_equal(documents["language"].to_numpy(), language.CODE)
     numbers = _matches(texts, _NUMBERS)
@@ -60,7 +68,9 @@ def mask(documents: pa.Table, config: PrivacyConfig) -> pa.Table:
             likely = np.flatnonzero((prose | kind.in_code) & (numbers | (name == "email")))
             likely = likely[_matches(texts.take(likely), kind.pattern)].tolist()
             before = [edited[n] if n in edited else texts[n].as_py() for n in likely]
-            after, counts[likely] = kind.mask(before, config.placeholder.format(name.upper()))
+            after, counts[likely] = kind.mask(
+                before, config.placeholder.replace("{}", name.upper())
+            )
             edited |= {n: text for n, text in zip(likely, after, strict=True) if counts[n]}
         masked[f"masked_{name}"] = pa.array(counts)
     return pa.table(
@@ -219,7 +229,9 @@ class _Address(_Kind):
     # No part of a longer address, of a requirement (x==1.2.3.4), or a network (1.2.3.4/24).
     before = r"(?<![\w.-])(?<![0-9A-Fa-f]:)(?<![=<>~!]=)(?<!== )"
     after = r"(?!\w|[.-]\w|/\d|:[0-9A-Fa-f]*:)"
-    _VERSION = re.compile(r"(?:version|ver|release|build|版本|v)\W{0,4}$", re.IGNORECASE)
+    _VERSION = re.compile(
+        r"(?:(?<![a-z])(?:version|ver|release|build|v)|版本)\W{0,4}$", re.IGNORECASE
+    )
     _SERVERS = frozenset(_NAME_SERVERS.split())
 
     def valid(self, match: re.Match) -> bool:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from baichuan_jax.data.prepare import linear, text
 
 UNSCORED = 255  # in place of a decile, where there is no score
+FIELDS = ("config.quality.positive", "config.quality.negative", "config.quality.classifier")
 
 _BINS = 4_096  # of the histogram of scores, over log-odds
 _LARGEST = 16.0  # log-odds; float32 tells no larger probabilities apart
@@ -31,6 +32,19 @@ class QualityConfig:
     classifier: str = ""  # or a classifier that is trained already: a file that `Linear.save` wrote
     min_quality: float = 0.0  # documents that score lower are dropped
 
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong."""
+        if not 0 <= self.min_quality <= 1:
+            raise ValueError(
+                f"config.quality.min_quality={self.min_quality} must be between 0 and 1."
+            )
+        linear.check_choice(FIELDS, self.positive, self.negative, self.classifier)
+        if self.min_quality and not (self.positive or self.classifier):
+            raise ValueError(
+                f"config.quality.min_quality={self.min_quality} needs a classifier, which"
+                f" {FIELDS[0]} and {FIELDS[1]} train, or {FIELDS[2]} names."
+            )
+
 
 def score(documents: pa.Table, config: QualityConfig, classifier: str = "") -> pa.Table:
     """Scores documents; a local stage.
@@ -44,12 +58,8 @@ def score(documents: pa.Table, config: QualityConfig, classifier: str = "") -> p
       classifier).
 
     Raises:
-      ValueError: `min_quality` is no probability; the file is no classifier.
+      ValueError: the file is no classifier.
     """
-    if not 0 <= config.min_quality <= 1:
-        raise ValueError(
-            f"config.quality.min_quality={config.min_quality} must be between 0 and 1."
-        )
     size = len(documents)
     if not classifier:
         return pa.table({"reason": pa.nulls(size, pa.string()), "quality": pa.nulls(size, "f4")})

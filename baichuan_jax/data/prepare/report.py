@@ -12,11 +12,13 @@ from etils import epath
 
 from baichuan_jax.data.prepare import examples, plots
 from baichuan_jax.data.prepare.corpus import Corpus
-from baichuan_jax.data.prepare.funnel import PAPER_REMOVED, By, Funnel, largest, paper_left, percent
+from baichuan_jax.data.prepare.funnel import By, Funnel, largest, paper_left, percent
 from baichuan_jax.data.prepare.markdown import Lines, code, heading, table
+from baichuan_jax.data.prepare.plan import PAPER_REMOVED
 from baichuan_jax.data.prepare.survey import OTHER, Survey, survey
 
 _LANGUAGES, _SOURCES = 5, 24  # told apart; the others are summed up
+_DRAWN = 5  # sources in the picture, each in a colour
 _GROUPS_ABREAST = 3  # in a table
 _WORST = 10  # files with bad rows
 _COUNTING = ("language", "clean", "privacy", "sentences", "safety")  # tell sums of their counts
@@ -93,13 +95,8 @@ def _summary(funnel: Funnel, told: dict[str, dict], unit: _Unit) -> Lines:
 
 def _funnel(workdir: epath.Path, funnel: Funnel, by_language: By, unit: _Unit) -> Lines:
     shown, left = funnel.shown(), paper_left()
-    kept = {
-        language: [
-            percent(funnel.sizes(stage, by_language).get(language, (0, 0))[1], funnel.raw[1])
-            for stage in shown
-        ]
-        for language in _names(funnel, by_language)
-    }
+    panels = {"by language": by_language, "by source": largest(funnel, 0, _DRAWN)}
+    kept = {title: _kept(funnel, by, shown) for title, by in panels.items()}
     plots.funnel(workdir / "plots" / "funnel.png", shown, kept, left)
     rows = []
     for stage in shown:
@@ -117,7 +114,7 @@ def _funnel(workdir: epath.Path, funnel: Funnel, by_language: By, unit: _Unit) -
     )  # fmt: skip
     return [
         *heading("The funnel"),
-        "![What is left after each stage](plots/funnel.png)",
+        "![What is left after each stage, by language and by source](plots/funnel.png)",
         "",
         *table(header, rows),
         "",
@@ -125,6 +122,15 @@ def _funnel(workdir: epath.Path, funnel: Funnel, by_language: By, unit: _Unit) -
         " and its heuristics stand beside `clean`."
         + (f" Nothing was removed by: {', '.join(unchanged)}." if unchanged else ""),
     ]
+
+
+def _kept(funnel: Funnel, by: By, stages: Sequence[str]) -> dict[str, list[float]]:
+    """By group, the percent of the raw text that it has after each stage."""
+    sizes = [funnel.sizes(stage, by) for stage in stages]
+    return {
+        name: [percent(size.get(name, (0, 0))[1], funnel.raw[1]) for size in sizes]
+        for name in _names(funnel, by)
+    }
 
 
 def _groups(title: str, funnel: Funnel, by: By, unit: _Unit) -> Lines:

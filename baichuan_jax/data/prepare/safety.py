@@ -28,7 +28,8 @@ from baichuan_jax.data.prepare import linear, text
 from baichuan_jax.data.prepare.text import Tokens
 
 MAX_TOKENS = 8  # of a term
-_PAIR_MULTIPLIER = np.uint64(0xA0761D6478BD642F)  # an odd number drawn once, at random
+FIELDS = ("config.safety.unsafe", "config.safety.safe", "config.safety.classifier")
+_PAIR_MULTIPLIER = np.uint64(0xA0761D6478BD642F)  # odd: the first constant of wyhash
 
 # Category -> terms, separated by commas. Offensive by nature.
 DEFAULT_TERMS = {
@@ -109,7 +110,19 @@ class SafetyConfig:
     safe: str = ""  # sources of safe ones
     classifier: str = ""  # or a classifier that is trained already: a file `Linear.save` wrote
     max_unsafe: float = 0.9  # documents that the classifier finds more likely unsafe are dropped
-    positive: str = ""  # SOURCE=FACTOR,…: sources that are sampled so many times more often
+    positive: str = ""  # SOURCE=FACTOR,…: sources that are seen so many times more often in the mix
+
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong, or the list and its line."""
+        if not self.min_share > 0:
+            raise ValueError(f"config.safety.min_share={self.min_share} must be above 0.")
+        if self.min_terms < 1:
+            raise ValueError(f"config.safety.min_terms={self.min_terms} must be 1 or more.")
+        if not 0 <= self.max_unsafe <= 1:
+            raise ValueError(f"config.safety.max_unsafe={self.max_unsafe} must be between 0 and 1.")
+        factors(self.positive)
+        read_terms(self)
+        linear.check_choice(FIELDS, self.unsafe, self.safe, self.classifier)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,22 +155,18 @@ def score(
     """Drops unsafe documents; a local stage.
 
     Args:
-      documents: with `text`, `source` and `language`.
+      documents: with `text` and `language`.
       terms: see `read_terms`.
       classifier: the file of what `linear_training.fit` gives; '': the lists decide alone.
 
     Returns:
       One row a document: `reason` ("safety: CATEGORY", "safety: classifier", or null); `safety`
       (float32: 1 for what no filter minds, 0 for what the lists drop; at most 1 - the
-      classifier's probability); `positive_factor` (float32, 1 for most sources).
+      classifier's probability).
 
     Raises:
-      ValueError: `max_unsafe` is no probability; `positive` is malformed; the file is no
-        classifier.
+      ValueError: the file is no classifier.
     """
-    if not 0 <= config.max_unsafe <= 1:
-        raise ValueError(f"config.safety.max_unsafe={config.max_unsafe} must be between 0 and 1.")
-    raised = factors(config.positive)
     model = linear.load(classifier) if classifier else None
     texts, languages = documents["text"], documents["language"].to_pylist()
     listed = np.zeros((len(documents), len(terms.categories)))
@@ -179,9 +188,6 @@ def score(
         {
             "reason": pa.array(names[kind], pa.string(), mask=~dropped),
             "safety": pa.array(1 - np.maximum(worst, unsafe), pa.float32()),
-            "positive_factor": pa.array(
-                [raised.get(name, 1.0) for name in documents["source"].to_pylist()], pa.float32()
-            ),
         }
     )
 
@@ -242,13 +248,8 @@ def read_terms(config: SafetyConfig) -> Terms:
     """The terms of the config's lists.
 
     Raises:
-      ValueError: names the file and the line at fault, or the field.
+      ValueError: names the file and the line at fault.
     """
-    if not (config.min_share > 0 and config.min_terms >= 1):
-        raise ValueError(
-            f"config.safety.min_share={config.min_share} and"
-            f" config.safety.min_terms={config.min_terms} must be positive."
-        )
     listed = []  # category, term, weight
     if config.default_lists:
         for category, joined in DEFAULT_TERMS.items():
@@ -291,7 +292,7 @@ def make_terms(listed: Sequence[tuple[str, str, float]]) -> Terms:
 
 
 def factors(positive: str, known: Sequence[str] | None = None) -> dict[str, float]:
-    """Source -> how much more often it is sampled.
+    """Source -> how many times more often it is seen in the mix; for `mixture.set_weights`.
 
     Raises:
       ValueError: `positive` is not SOURCE=FACTOR,…; or a source is not among those known.
@@ -305,12 +306,13 @@ def factors(positive: str, known: Sequence[str] | None = None) -> dict[str, floa
             found[name] = math.nan
         if not name or not 0 < found[name] < math.inf:
             raise ValueError(
-                f"config.safety.positive: {part!r} should be SOURCE=FACTOR with a factor above 0,"
-                " such as 'laws=2'."
+                f"config.safety.positive={positive}: {part!r} should be SOURCE=FACTOR with a factor"
+                " above 0, such as 'laws=2'."
             )
         if known is not None and name not in known:
             raise ValueError(
-                f"config.safety.positive: there is no source {name!r}, only {', '.join(known)}."
+                f"config.safety.positive={positive}: there is no source {name!r}, only"
+                f" {', '.join(known)}."
             )
     return found
 

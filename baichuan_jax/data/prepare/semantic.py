@@ -14,6 +14,8 @@ A cluster of more than GROUP documents is compared in pieces of about equal size
 distance from the centroid. Copies lie at the same distance, near copies at almost the same,
 so few pairs are cut; and no worker holds or compares more than GROUP documents at a time.
 
+The clusters are found once: a run that goes on after an interruption takes those that it has.
+
 Legend: N documents, D width, K clusters.
 """
 
@@ -22,6 +24,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,8 +32,9 @@ import numpy as np
 import pyarrow as pa
 
 from baichuan_jax.data.prepare import embed
-from baichuan_jax.data.prepare.corpus import Corpus, ids
-from baichuan_jax.data.prepare.engine import Block, Engine, Key
+from baichuan_jax.data.prepare.corpus import Corpus, ids, row_of, shard_of
+from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
+from baichuan_jax.data.prepare.groups import by_key
 
 REASON = "semantic duplicate"
 GROUP = 1 << 17  # documents that a worker compares at one time: 70 MB of them at D = 256
@@ -38,6 +42,7 @@ EPSILONS = (0.03, 0.05, 0.1)  # what each would drop is reported
 _BLOCK = 1 << 11  # cosines exist in squares of so many documents
 _BINS = np.linspace(0, 1, 21)  # of the histogram
 _SHOWN, _EXAMPLES = 10, 3  # clusters in the report, and documents of each
+_FOUND = "clusters"  # the file that says which run has found them
 
 _PLACED = np.dtype([("id", np.uint64), ("cluster", np.uint32), ("cosine", np.float32)])
 _SCORED = np.dtype(
@@ -63,6 +68,22 @@ class SemanticConfig:
     epsilon: float = 0.05  # duplicates have a cosine above 1 − epsilon
     delete: bool = False  # drop duplicates; else they are only scored
 
+    def check(self) -> None:
+        """Raises ValueError: names the field that is wrong, and what would be right."""
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"config.clusters.epsilon={self.epsilon} should lie between 0 and 1.")
+        embed.check_dimensions(self.dimensions, "config.clusters.dimensions")
+        for name in ("frequency_documents", "model_tokens", "points_per_cluster", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"config.clusters.{name}={getattr(self, name)} should be positive."
+                )
+        if self.clusters < 0:
+            raise ValueError(
+                f"config.clusters.clusters={self.clusters} should be positive, or 0 for the"
+                " square root of the number of documents."
+            )
+
 
 def run(
     corpus: Corpus,
@@ -85,16 +106,25 @@ def run(
       `dropped_at`, the share of the documents that each epsilon would drop.
 
     Raises:
-      ValueError: the config asks for what cannot be; names the field.
+      ValueError: as `config.check`.
     """
-    _check(stage, config)
-    if model is None:
-        embed.run(corpus, stage, engine, config.dimensions, config.frequency_documents, seed)
-    else:
-        from baichuan_jax.data.prepare import pooled  # not above: workers do without JAX
+    config.check()
+    # Finished work of an interrupted run has its clusters' numbers, and other devices may find
+    # others. So the clusters bear a name that only this run knows, for it is in its own folder.
+    [(_, name)] = engine.run("name", [0], _name)
+    name = name.tobytes().hex()
+    found = _found(corpus, stage)
+    if found.get("name") != name:
+        if model is None:
+            embed.run(corpus, stage, engine, config.dimensions, config.frequency_documents, seed)
+        else:
+            from baichuan_jax.data.prepare import pooled  # not above: workers do without JAX
 
-        pooled.run(corpus, stage, model, config.model_tokens)
-    sizes_K, sources, mean_cosine = _cluster(corpus, stage, config, mesh, seed)
+            pooled.run(corpus, stage, model, config.model_tokens)
+        sizes_K, mean_cosine = _cluster(corpus, stage, config, mesh, seed)
+        found = {"name": name, "sizes": sizes_K.tolist(), "mean_cosine": mean_cosine}
+        embed.save(corpus, stage, _FOUND, as_json(found))
+    sizes_K = np.array(found["sizes"], np.int64)
     bounds = group_bounds(sizes_K, _cosines(corpus, stage, np.flatnonzero(sizes_K > GROUP)), GROUP)
     results = engine.run(
         "compare",
@@ -112,8 +142,8 @@ def run(
     return {
         "documents": documents,
         "clusters": len(sizes_K),
-        "mean_cosine": mean_cosine,
-        "largest": _largest(corpus, stage, sizes_K, sources),
+        "mean_cosine": found["mean_cosine"],
+        "largest": _largest(corpus, stage, sizes_K),
         "similarity": {"bins": _BINS.round(2).tolist(), "documents": histogram.tolist()},
         "dropped_at": {
             str(epsilon): count / max(1, documents)
@@ -194,31 +224,27 @@ def place(clusters: np.ndarray | int, cosines: np.ndarray) -> np.ndarray:
     return clusters + (1 + np.clip(cosines, -1, 1).astype(np.float64)) / 4
 
 
-def _check(stage: str, config: SemanticConfig) -> None:
-    if not 0 < config.epsilon < 1:
-        raise ValueError(f"{stage}: epsilon={config.epsilon} should lie between 0 and 1.")
-    for name in ("frequency_documents", "model_tokens", "points_per_cluster", "iterations"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{stage}: {name}={getattr(config, name)} should be positive.")
-    if config.clusters < 0:
-        raise ValueError(
-            f"{stage}: clusters={config.clusters} should be positive, or 0 for the square root of"
-            " the number of documents."
-        )
-
-
 def _placed(shard: int) -> str:
     return f"{shard:05d}.clusters"
 
 
+def _name(_: int) -> Iterable[tuple[Key, Block]]:
+    yield (0,), np.frombuffer(uuid.uuid4().bytes, np.uint8)
+
+
+def _found(corpus: Corpus, stage: str) -> dict[str, Any]:
+    """The clusters that the last run has found, if any."""
+    there = embed.path(corpus, stage, _FOUND).exists()
+    return of_json(embed.load(corpus, stage, _FOUND)) if there else {}
+
+
 def _cluster(
     corpus: Corpus, stage: str, config: SemanticConfig, mesh, seed: int
-) -> tuple[np.ndarray, collections.Counter, float]:
+) -> tuple[np.ndarray, float]:
     """Writes each document's cluster.
 
     Returns:
-      The sizes of the clusters [K]; how many documents (cluster, source) has; and the mean
-      cosine of the documents with their centroids.
+      The sizes of the clusters [K]; and the mean cosine of the documents with their centroids.
     """
     from baichuan_jax.data.prepare import kmeans  # not above: workers do without JAX
 
@@ -226,34 +252,36 @@ def _cluster(
     ends = np.cumsum([0] + [len(corpus.read(shard)) for shard in shards])
     documents = int(ends[-1])
     K = min(config.clusters or number_of_clusters(documents), documents)
-    size = min(documents, K * config.points_per_cluster)
-    drawn = np.random.default_rng(seed).choice(documents, size, replace=False, shuffle=False)
-    drawn.sort()
-    parts = np.split(drawn, np.searchsorted(drawn, ends[1:-1]))
-    sample = [
-        embed.load(corpus, stage, embed.shard_name(shard))[part - ends[shard]]
-        for shard, part in zip(shards, parts, strict=True)
-    ]
     if documents:
+        sample_ND = _sample(corpus, stage, ends, K * config.points_per_cluster, seed)
         options = {"iterations": config.iterations, "seed": seed, "mesh": mesh}
-        centroids_KD, _ = kmeans.fit(np.concatenate(sample), K, **options)
-    sizes_K, sources, total = np.zeros(K, np.int64), collections.Counter(), 0.0
+        centroids_KD, _ = kmeans.fit(sample_ND, K, **options)
+    sizes_K, total = np.zeros(K, np.int64), 0.0
     for shard in shards:
-        table = corpus.read(shard, "source")
-        placed = np.zeros(len(table), _PLACED)
-        placed["id"] = ids(shard, table["row"])
-        if len(table):
+        rows = corpus.read(shard)["row"]
+        placed = np.zeros(len(rows), _PLACED)
+        placed["id"] = ids(shard, rows)
+        if len(rows):
             vectors_ND = embed.load(corpus, stage, embed.shard_name(shard))
             placed["cluster"], placed["cosine"] = kmeans.assign(vectors_ND, centroids_KD, mesh)
         embed.save(corpus, stage, _placed(shard), placed)
         sizes_K += np.bincount(placed["cluster"], minlength=K)
         total += placed["cosine"].sum(dtype=np.float64)
-        pairs = pa.table({"cluster": placed["cluster"], "source": table["source"]})
-        for pair in (
-            pairs.group_by(["cluster", "source"]).aggregate([([], "count_all")]).to_pylist()
-        ):
-            sources[pair["cluster"], pair["source"]] += pair["count_all"]
-    return sizes_K, sources, total / max(1, documents)
+    return sizes_K, total / max(1, documents)
+
+
+def _sample(corpus: Corpus, stage: str, ends: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """The embeddings of so many documents, or of all; `ends` counts them shard by shard."""
+    size = min(most, int(ends[-1]))
+    drawn = np.random.default_rng(seed).choice(ends[-1], size, replace=False, shuffle=False)
+    drawn.sort()
+    cuts = np.searchsorted(drawn, ends)
+    for shard, (first, last) in enumerate(itertools.pairwise(cuts)):
+        vectors_ND = embed.load(corpus, stage, embed.shard_name(shard))
+        if not shard:
+            sample_ND = np.empty((size, vectors_ND.shape[1]), vectors_ND.dtype)
+        sample_ND[first:last] = vectors_ND[drawn[first:last] - ends[shard]]
+    return sample_ND
 
 
 def _cosines(corpus: Corpus, stage: str, clusters: np.ndarray) -> dict[int, np.ndarray]:
@@ -277,29 +305,22 @@ def _group(
         sent[name] = placed[name]
     sent["vector"] = vectors_ND
     groups = np.searchsorted(bounds, place(placed["cluster"], placed["cosine"]), "right")
-    yield from _by(groups, sent)
+    for group, some in by_key(groups, sent):
+        yield (group,), some
 
 
 def _compare(key: Key, blocks: list[Block]) -> Iterable[tuple[Key, Block]]:
     sent = np.concatenate(blocks)
     sent = sent[np.lexsort((sent["id"], sent["cosine"], sent["cluster"]))]
     scored = np.zeros(len(sent), _SCORED)
-    scored["row"], scored["cluster"] = sent["id"] & np.uint64(0xFFFFFFFF), sent["cluster"]
+    scored["row"], scored["cluster"] = row_of(sent["id"]), sent["cluster"]
     starts = np.flatnonzero(np.diff(sent["cluster"], prepend=-1))
     for start, end in itertools.pairwise([*starts, len(sent)]):
         similarity, nearest = redundancy(sent["vector"][start:end])
         scored["similarity"][start:end] = similarity
         scored["nearest"][start:end] = sent["id"][start:end][nearest]
-    yield from _by((sent["id"] >> np.uint64(32)).astype(int), scored)
-
-
-def _by(keys: np.ndarray, records: np.ndarray) -> Iterable[tuple[Key, Block]]:
-    """The records of each key, in their order."""
-    order = np.argsort(keys, kind="stable")
-    keys, records = keys[order], records[order]
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    for start, end in itertools.pairwise([*starts, len(keys)]):
-        yield (int(keys[start]),), records[start:end]
+    for shard, some in by_key(shard_of(sent["id"]), scored):
+        yield (shard,), some
 
 
 def _write(
@@ -328,26 +349,28 @@ def _write(
     return [(key, np.concatenate([histogram, dropped]))]
 
 
-def _largest(
-    corpus: Corpus, stage: str, sizes_K: np.ndarray, sources: collections.Counter
-) -> list[dict[str, Any]]:
+def _largest(corpus: Corpus, stage: str, sizes_K: np.ndarray) -> list[dict[str, Any]]:
     """The largest clusters: their sources, and the documents nearest to the centroid."""
     shown = np.argsort(-sizes_K, kind="stable")[:_SHOWN].tolist()
     nearest = np.zeros(0, _PLACED)
+    sources = {cluster: collections.Counter() for cluster in shown}
     for shard in range(corpus.num_shards()):
         placed = embed.load(corpus, stage, _placed(shard))
-        nearest = np.concatenate([nearest, placed[np.isin(placed["cluster"], shown)]])
+        of_shown = np.isin(placed["cluster"], shown)
+        source = corpus.read(shard, "source")["source"].filter(pa.array(of_shown))
+        pairs = pa.table({"cluster": placed["cluster"][of_shown], "source": source})
+        counts = pairs.group_by(["cluster", "source"]).aggregate([([], "count_all")])
+        for pair in counts.to_pylist():
+            sources[pair["cluster"]][pair["source"]] += pair["count_all"]
+        nearest = np.concatenate([nearest, placed[of_shown]])
         nearest = nearest[np.lexsort((nearest["id"], -nearest["cosine"], nearest["cluster"]))]
         starts = np.searchsorted(nearest["cluster"], nearest["cluster"])
         nearest = nearest[np.arange(len(nearest)) - starts < _EXAMPLES]
-    by_cluster = collections.defaultdict(collections.Counter)
-    for (cluster, source), count in sources.items():
-        by_cluster[cluster][source] = count
     return [
         {
             "cluster": cluster,
             "documents": int(sizes_K[cluster]),
-            "sources": dict(by_cluster[cluster].most_common(3)),
+            "sources": dict(sources[cluster].most_common(3)),
             "examples": nearest["id"][nearest["cluster"] == cluster].tolist(),
         }
         for cluster in shown

@@ -16,9 +16,9 @@ import re
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from etils import epath
 
-from baichuan_jax.data.prepare import language, text
-from baichuan_jax.data.prepare.linear import Linear
+from baichuan_jax.data.prepare import language, linear, lines, text
 from baichuan_jax.data.prepare.pieces import (
     FUNCTION_CHARACTERS,
     Pieces,
@@ -43,6 +43,24 @@ class SentencesConfig:
     scored_from: int = 20  # letters, digits and Han: shorter sentences are not scored
     max_removed: float = 0.5  # of a document's content; if more would go, all of it does
 
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong, the classifier included."""
+        shares = ("max_ornaments", "max_leaders", "max_exclaimed", "max_keyword_share")
+        for name in (*shares, "min_score", "max_removed"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"config.sentences.{name}={value} must be in [0, 1].")
+        for name, least in (("min_keywords", 1), ("scored_from", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"config.sentences.{name}={value} must be {least} or more.")
+        if self.classifier:
+            try:
+                _classifier(self.classifier)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"config.sentences.classifier={self.classifier} must be a file that"
+                    f" Linear.save wrote: {error}"
+                ) from None
+
 
 def sentences(documents: pa.Table, config: SentencesConfig) -> pa.Table:
     """Cuts sentences out of documents, and drops those with little left; a local stage.
@@ -65,26 +83,24 @@ def sentences(documents: pa.Table, config: SentencesConfig) -> pa.Table:
 
 def _sentences(texts: pa.StringArray, languages: np.ndarray, config: SentencesConfig) -> pa.Table:
     joined = text.join(texts)
-    spans = text.sentences(joined)
+    found = lines.lines(joined)
+    spans = found.sentences
     if not len(spans.starts):
         return _table(
             [None] * len(texts), [None] * len(texts), np.zeros(len(texts)), np.zeros(len(texts))
         )
     pieces = Pieces.of(joined, spans)
     signs = _sign_table()[joined.codes]
-    opens = _opens_line(signs, spans)
-    free = np.repeat(languages != language.CODE, np.diff(spans.rows)) & (pieces.visible > 0)
-    free &= ~_in_markup(joined.codes, signs, pieces, opens)
-    bad = free & _low_quality(joined.codes, signs, pieces, free, opens, config)
+    free = (languages != language.CODE)[found.row] & (pieces.visible > 0)
+    free &= ~_in_markup(joined, signs, pieces, found)
+    bad = free & _low_quality(joined.codes, signs, pieces, free, found.opens, config)
     if config.classifier:
         scores = _classifier(config.classifier).score_spans(joined, spans, languages.tolist())
         bad |= free & (spans.sizes >= config.scored_from) & (scores < config.min_score)
     removed = totals(spans.sizes * bad, spans.rows)
     share = removed / np.maximum(totals(spans.sizes, spans.rows), 1)
     reasons = np.where(share > config.max_removed, "low-quality sentences", None)
-    edited = [None] * len(texts)
-    if bad.any():
-        edited = text.without(joined, *_cuts(joined, pieces, opens, bad))
+    edited = lines.cut(joined, found, bad)
     return _table(reasons, edited, totals(bad, spans.rows), share)
 
 
@@ -99,9 +115,8 @@ def _table(reasons, texts, removed: np.ndarray, share: np.ndarray) -> pa.Table:
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _classifier(path: str) -> Linear:
-    return Linear.load(path)
+def _classifier(path: str) -> linear.Linear:
+    return linear.load(epath.Path(path).expanduser())
 
 
 _BATCH = 1 << 19  # characters; the regular expressions are compiled anew for each
@@ -124,9 +139,7 @@ _WORD = re.compile(r"(?<!\d)[^\W\d_㐀-鿿]{2,}|(?=([㐀-鿿]{2}))")  # or any t
 _GRAMMAR = frozenset(language.WORDS["en"].split())
 
 # What is counted of a sentence's characters, and where a line starts that is no prose.
-_ORNAMENT, _LEADER, _EXCLAIMED, _SEPARATES, _MARKUP, _BAR, _STOP, _NEWLINE = (
-    1 << i for i in range(8)
-)
+_ORNAMENT, _LEADER, _EXCLAIMED, _SEPARATES, _MARKUP, _BAR, _STOP = (1 << i for i in range(7))
 _SIGNS = {
     _LEADER: ".…·⋯",
     _EXCLAIMED: "!?！？",
@@ -134,10 +147,8 @@ _SIGNS = {
     _MARKUP: "`$\\{}<=_",
     _BAR: "|",
     _STOP: ".!?。！？…；",
-    _NEWLINE: "\n\r\v\f\x85\u2028\u2029",
 }
-_NO_PROSE = "#|+.:"  # headings, tables, reST's directives and fields
-_FENCES = "`~"  # three of them
+_NO_PROSE = "#+.:"  # headings, additions, reST's directives and fields; tables beside
 
 
 @functools.cache
@@ -155,26 +166,16 @@ def _count(signs: np.ndarray, spans: text.Spans, sign: int) -> np.ndarray:
     return np.add.reduceat((signs & sign) > 0, spans.starts, dtype=np.int64)
 
 
-def _opens_line(signs: np.ndarray, spans: text.Spans) -> np.ndarray:
-    """bool [S]: the sentence is the first of its line."""
-    opens = (signs[spans.starts - 1] & _NEWLINE) > 0
-    opens[spans.rows[:-1][np.diff(spans.rows) > 0]] = True
-    return opens
-
-
 def _in_markup(
-    codes: np.ndarray, signs: np.ndarray, pieces: Pieces, opens: np.ndarray
+    joined: text.Joined, signs: np.ndarray, pieces: Pieces, found: lines.Lines
 ) -> np.ndarray:
     """bool [S]: the sentence has signs of markup or code, or its line or block is no prose."""
-    spans = pieces.spans
-    first, second, third = (codes[np.minimum(pieces.starts + i, len(codes) - 1)] for i in range(3))
-    indented = (pieces.starts - spans.starts >= 4) | (codes[spans.starts] == ord("\t"))
-    fence = opens & (first == second) & (second == third) & np.isin(first, characters(_FENCES))
-    fences = np.append(0, np.cumsum(fence))
-    before = fences[:-1] - np.repeat(fences[spans.rows[:-1]], np.diff(spans.rows))
-    no_prose = fence | (before % 2 == 1) | indented | np.isin(first, characters(_NO_PROSE))
-    line = np.cumsum(opens) - 1
-    return no_prose[opens][line] | (_count(signs, spans, _MARKUP) > 0)
+    starts, heads = pieces.spans.starts[found.opens], lines.heads(joined, found)
+    indented = (pieces.starts[found.opens] - starts >= 4) | (joined.codes[starts] == ord("\t"))
+    fences = lines.fences(heads)
+    no_prose = fences | lines.inside(fences, found) | lines.tables(heads) | indented
+    no_prose |= np.isin(heads[0], characters(_NO_PROSE))
+    return no_prose[found.line] | (_count(signs, pieces.spans, _MARKUP) > 0)
 
 
 def _low_quality(
@@ -242,18 +243,3 @@ def _keywords(sentence: str, config: SentencesConfig) -> bool:
     times = collections.Counter(word for item in found for word in set(item))
     commonest = max(times.values(), default=0)
     return grammar <= 0.05 * len(words) and commonest > config.max_keyword_share * len(items)
-
-
-def _cuts(
-    joined: text.Joined, pieces: Pieces, opens: np.ndarray, bad: np.ndarray
-) -> tuple[text.Spans, np.ndarray]:
-    """What to cut: the sentences, but not the line's end where more of the line is left."""
-    spans = pieces.spans
-    closes = np.append(opens[1:], True)
-    kept_before = np.flatnonzero(bad & closes & ~opens & (pieces.ends < spans.ends))
-    starts = np.insert(spans.starts, kept_before + 1, pieces.ends[kept_before])
-    cut = np.insert(bad, kept_before + 1, False)
-    nothing = np.zeros(len(starts), np.int64)
-    rows = np.searchsorted(starts, joined.starts)
-    ends = np.append(starts[1:], len(joined.codes))[: len(starts)]
-    return text.Spans(starts, ends, nothing.astype(np.uint64), nothing, rows), cut

@@ -7,6 +7,10 @@ cut every repeated sentence by itself would tear holes into texts. What is no pr
 formula or a fenced block of code, goes as a whole, together with what is before it, or not at
 all (lines.py). Repetition inside a document is left alone; it is the heuristic filters' business.
 
+What is left of a line stays, however short, but for what says nothing by itself: rules, and the
+number of a list's item. A short rest goes only if an earlier document has it, too, in a line that
+is repeated.
+
 Both rules judge the documents as they come in. All that goes from a document stands in an
 earlier one; were it cut there too, it would stand in one that is earlier still: so something
 stays, however the rules cut. (What a document that is dropped as a whole had first goes with
@@ -31,6 +35,7 @@ import pyarrow.compute as pc
 from baichuan_jax.data.prepare import lines, text
 from baichuan_jax.data.prepare.corpus import Corpus
 from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json, partitions
+from baichuan_jax.data.prepare.groups import by_key
 
 REASON = "only repeated text"
 SEEN = np.dtype([("hash", "<u8"), ("shard", "<u4"), ("row", "<u4")])
@@ -38,7 +43,7 @@ SEEN = np.dtype([("hash", "<u8"), ("shard", "<u4"), ("row", "<u4")])
 REPEATED = np.dtype([("hash", "<u8"), ("row", "<u4"), ("documents", "<u4"), ("first", "?")])
 
 _FLUSH = 1 << 21  # spans held before they move on: 32 MB
-_MULTIPLIER = np.uint64(0xC2B2AE3D27D4EB4F)  # an odd number drawn once, at random
+_MULTIPLIER = np.uint64(0xC2B2AE3D27D4EB4F)  # xxHash's second prime of 64 bits
 _WIDE = 0x2E80  # code points from here on take three bytes or more in UTF-8, and are mostly Han
 
 
@@ -59,6 +64,18 @@ class SpansConfig:
     window_bytes: int = 150  # of all of these
     max_loss: float = 0.7  # a document that would lose more of its letters and digits is dropped
     largest: int = 20  # paragraphs that the report shows
+
+    def check(self) -> None:
+        """Raises a ValueError that names the field that is wrong."""
+        if self.sentence_window < 1:
+            raise ValueError(
+                f"config.spans.sentence_window={self.sentence_window} must be 1 or more."
+            )
+        for name in ("min_characters", "paragraph_bytes", "window_bytes", "largest"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"config.spans.{name}={value} must be 0 or more.")
+        if not 0 <= self.max_loss <= 1:
+            raise ValueError(f"config.spans.max_loss={self.max_loss} must be in [0, 1].")
 
 
 def run(
@@ -185,12 +202,11 @@ def repeated(found: np.ndarray, shards: int) -> list[np.ndarray]:
     known["hash"], known["row"] = found["hash"], found["row"]
     known["documents"] = np.repeat(sizes, sizes)
     if len(sizes):
-        order = found["shard"].astype(np.uint64) << np.uint64(32) | found["row"]
-        first = np.minimum.reduceat(order, np.cumsum(sizes) - sizes)
-        known["first"] = order == np.repeat(first, sizes)
-    by_shard = np.argsort(found["shard"], kind="stable")
-    bounds = np.searchsorted(found["shard"][by_shard], np.arange(shards + 1))
-    return [known[by_shard[bounds[s] : bounds[s + 1]]] for s in range(shards)]
+        documents = found["shard"].astype(np.uint64) << np.uint64(32) | found["row"]
+        first = np.minimum.reduceat(documents, np.cumsum(sizes) - sizes)
+        known["first"] = documents == np.repeat(first, sizes)
+    parts = dict(by_key(found["shard"], known))
+    return [parts.get(shard, known[:0]) for shard in range(shards)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +243,8 @@ def edit(
     several, first = keys[place] == pairs, known["first"][place]
 
     again = found.covered(several)
-    drop = found.covered(several & ~first & found.long)
-    drop = lines.rounded(drop, joined, found.lines, config.min_characters)
+    drop, copied = found.covered(several & ~first & found.long), found.covered(several & ~first)
+    drop = lines.rounded(drop, joined, found.lines, copied, config.min_characters)
     # What may be cut stays in one document, so where it stays it is no repetition any more.
     shared = found.covered(several & ~found.long) & ~found.covered(several & found.long) & ~drop
     left, repeated, cut = (

@@ -116,7 +116,8 @@ def stages(
         of_the_corpus("decontaminate", decontaminate, content)
     examples = [config.safety.unsafe, config.safety.safe]
     files = [_stamp(examples, config), stamp(config.safety.lists), stamp(config.safety.classifier)]
-    settings = [config.safety, files, config.seed]
+    unraised = dataclasses.replace(config.safety, positive="")  # that is for the mix
+    settings = [unraised, files, config.seed]
     add("safety", settings, functools.partial(_safety, config, workdir))
     embedding = functools.partial(_clusters, config, load_model)
     add("clusters", [config.clusters, stamp(config.embedding_model), config.seed], embedding)
@@ -133,7 +134,8 @@ def stages(
     settings = stamp(config.tokenizer) if config.tokenizer else trained
     add("tokens", settings, functools.partial(_tokens, config, workdir))
     of_the_corpus("mixture", mixture)
-    add("pack", [config.tokens, config.mixture], functools.partial(_pack, config, workdir))
+    settings = [config.tokens, config.mixture, config.safety.positive]
+    add("pack", settings, functools.partial(_pack, config, workdir))
     return found
 
 
@@ -168,6 +170,7 @@ def _check(config: PrepareConfig) -> None:
     names = {origin.source for origin in sources.origins(config.sources)}  # each is there
     if "" not in names:  # that of the embedded corpus, which has several
         safety.factors(config.safety.positive, sorted(names))
+        mixture.check_sources(config.mixture, sorted(names))
     if not 0 < config.max_source_loss <= 1:
         raise ValueError(f"config.max_source_loss={config.max_source_loss} must be in (0, 1].")
     for settings in vars(config).values():
@@ -177,7 +180,6 @@ def _check(config: PrepareConfig) -> None:
         folder = getattr(config, name)
         if folder and not (epath.Path(folder).expanduser() / "config.json").exists():
             raise ValueError(f"config.{name}={folder} is no folder of a run.")
-    safety.read_terms(config.safety)
     examples = [config.safety.unsafe, config.safety.safe]
     for given in (*examples, config.quality.positive, config.quality.negative):
         sources.origins(given)
@@ -186,7 +188,10 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _ingest(config: PrepareConfig, corpus: Corpus, engine: Engine) -> Report:
-    told = ingest.run(corpus.directory, config.sources, config.ingest, engine)
+    told = ingest.run(
+        *(corpus.directory, config.sources, config.ingest, engine),
+        max_source_loss=config.max_source_loss,
+    )
     if told["bad_rows"]:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in told["reasons"].items())
         logging.warning(
@@ -258,8 +263,11 @@ def _tokens(config: PrepareConfig, workdir: epath.Path, corpus: Corpus, engine: 
             partial.write_bytes(epath.Path(config.tokenizer).expanduser().read_bytes())
     else:
         logging.info("A tokenizer of %s tokens is trained.", f"{config.vocab_size:,}")
-        with whole(file) as partial:
-            tokenizer.train(_texts(corpus, config), partial, vocab_size=config.vocab_size)
+        try:
+            with whole(file) as partial:
+                tokenizer.train(_texts(corpus, config), partial, vocab_size=config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"config.vocab_size={config.vocab_size}: {error}") from None
     return tokens.run(corpus, "tokens", engine, file)
 
 
@@ -275,4 +283,7 @@ def _texts(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[str, str]]:
 
 def _pack(config: PrepareConfig, workdir: epath.Path, corpus: Corpus, engine: Engine) -> Report:
     known = tokenizer.Tokenizer(workdir / "tokenizer.model")
-    return tokens.pack(corpus, workdir / "shards", engine, config.tokens, config.mixture, known)
+    return tokens.pack(
+        *(corpus, workdir / "shards", engine, config.tokens, config.mixture, known),
+        factors=safety.factors(config.safety.positive),
+    )

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
-from baichuan_jax.data.prepare.corpus import OVERRIDES, Corpus, ids
+from baichuan_jax.data.prepare.corpus import OVERRIDES, Corpus, ids, row_of, shard_of
+from baichuan_jax.data.prepare.groups import by_key
 from baichuan_jax.data.prepare.text import mix
 
 EXAMPLES = 10  # a reason, and a stage that edits
@@ -23,7 +24,6 @@ _EDIT_SHARDS = 32  # in which edits are looked for
 # A score's bin is the upper half of its float32: sign, exponent, 7 bits of the mantissa. Such
 # bins need no range beforehand, and are at most 0.8% of a score wide.
 _BINS = 1 << 16
-_ROW = np.uint64(0xFFFFFFFF)
 
 
 @dataclasses.dataclass
@@ -137,9 +137,8 @@ def documents(corpus: Corpus, wanted: Sequence[int]) -> dict[int, dict[str, str]
     """
     found: dict[int, dict[str, str]] = {}
     wanted = np.unique(np.array(wanted, np.uint64))
-    for shard in np.unique(wanted >> np.uint64(32)).tolist():
-        here = wanted[wanted >> np.uint64(32) == shard]
-        rows = (here & _ROW).astype(np.int64)
+    for shard, here in by_key(shard_of(wanted), wanted):
+        rows = row_of(here).astype(np.int64)
         table = _take(corpus.document_path(shard), rows, ("text", "source", "origin"))
         texts = table["text"]
         for stage in corpus.stages:

@@ -39,17 +39,19 @@ _HAN_RANGES = [
 _PLAIN_RANGES = [(0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xD800, 0xF8FF)]
 _LOOKED_UP = [(0, 0x1FFFF), (0x2F800, 0x2FA1F)]
 
+NEWLINES = "\n\r\v\f\x85\u2028\u2029"  # what ends a line, for all stages
 # What the characters do to sentences.
 _NEWLINE, _SPACE, _BLANK = 1, 2, 3  # either of the first two is blank
 _CLOSES, _ENDS_BEFORE_SPACE, _ENDS = 4, 5, 6
 _ROLES = {
-    _NEWLINE: "\n\r\v\f\x85\u2028\u2029",
+    _NEWLINE: NEWLINES,
     _CLOSES: "\"')]}”’»›」』）】》〉〕］｝〗〙＂＇",
     _ENDS_BEFORE_SPACE: ".!?",
     _ENDS: "。！？；…｡⋯",
 }
 
-_TOKEN_MULTIPLIER = 0x9E6D62D06F6A3B1D  # odd numbers drawn once, at random
+# Odd numbers whose bits look like chance; the second is 2^64 over the root of x^4 = x + 1.
+_TOKEN_MULTIPLIER = 0x9E6D62D06F6A3B1D
 _NGRAM_MULTIPLIER = 0xD1B54A32D192ED03
 
 _BATCH = 1 << 18  # characters that stay in a processor's cache with all that is made of them
@@ -179,9 +181,20 @@ def ngrams(tokens: Tokens, n: int) -> tuple[np.ndarray, np.ndarray]:
     return mix(hashes[whole]), np.concatenate([[0], np.cumsum(counts)])
 
 
+def is_newline(codes: np.ndarray) -> np.ndarray:
+    """bool: which of the code points end a line."""
+    return _role_table().take(codes) == _NEWLINE
+
+
+def line_starts(joined: Joined) -> np.ndarray:
+    """int64 [L], rising: where lines start; an empty line belongs to the line before it."""
+    inner = _after_newlines(is_newline(joined.codes))
+    return np.union1d(inner, joined.starts[:-1][np.diff(joined.starts) > 0])
+
+
 def paragraphs(joined: Joined) -> Spans:
-    """The lines of the texts; an empty line belongs to the line before it."""
-    return _spans(joined, _after_newlines(_role_table().take(joined.codes)))
+    """The lines of the texts, as `line_starts` has them."""
+    return _spans(joined, line_starts(joined))
 
 
 def sentences(joined: Joined) -> Spans:
@@ -191,7 +204,7 @@ def sentences(joined: Joined) -> Spans:
     Closing quotes and brackets still belong to the sentence.
     """
     roles = _role_table().take(joined.codes)
-    lines = _after_newlines(roles)
+    lines = _after_newlines(roles == _NEWLINE)
     ends = np.flatnonzero(roles >= _ENDS_BEFORE_SPACE)
     # A run of .)))!? and the like is passed as a whole, but not into the next text.
     limits = joined.starts[np.searchsorted(joined.starts, ends, "right")]
@@ -282,11 +295,9 @@ def _spans(joined: Joined, starts: np.ndarray) -> Spans:
     return Spans(starts, ends, hashes, last - first, np.searchsorted(starts, joined.starts))
 
 
-def _after_newlines(roles: np.ndarray) -> np.ndarray:
+def _after_newlines(newline: np.ndarray) -> np.ndarray:
     """Where lines start, but for the first line of a text."""
-    starts = np.flatnonzero(roles == _NEWLINE) + 1
-    starts = starts[starts < len(roles)]
-    return starts[roles[starts] != _NEWLINE]
+    return np.flatnonzero(newline[:-1] > newline[1:]) + 1
 
 
 def _skip(mask: np.ndarray, places: np.ndarray) -> np.ndarray:

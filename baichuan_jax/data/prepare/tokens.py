@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ def pack(
     config: TokensConfig,
     mix: MixtureConfig,
     tokenizer: shards.Tokenizer,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Packs the documents that are left into `directory`, as `packing.pack` does with sources.
 
@@ -102,6 +104,7 @@ def pack(
       corpus: after `run` and, if documents count, `mixture.run`.
       mix: the sets' weights go into the manifest; see `mixture.set_weights`.
       tokenizer: that of `run`.
+      factors: of sources, for the sets' weights; see `mixture.set_weights`.
 
     Returns:
       'sets': by name and split, `documents`, `utf8_bytes`, `tokens` (an EOS for each document),
@@ -113,8 +116,6 @@ def pack(
     config.check()
     mix.check()
     directory = epath.Path(directory)
-    for name in (shards.MANIFEST, shards.PARTIAL):
-        (directory / name).unlink(missing_ok=True)
     counted = bool(available(corpus, ["count"]))
     look = functools.partial(_sizes, corpus, counted)
     sizes = [of_json(b) for _, b in engine.run("sizes", range(corpus.num_shards()), look)]
@@ -132,21 +133,19 @@ def pack(
         },
     )
     source_of = {name: of_set[2] for of_shard in sizes for name, of_set in of_shard.items()}
+    moves: Moves = []
     for (number, (name, _)), found in zip(items, packed, strict=True):
         of_set = manifest.sets.setdefault(name, {split: Part() for split in SPLITS})
+        made = parts / f"{number:05d}" / found["attempt"]
         for split in SPLITS:
-            _move(parts / f"{number:05d}", found[split], directory / name, split, of_set[split])
+            moves += _add(found[split], made, of_set[split], directory / name, split)
             of_set[split].padding = of_set[split].empty_share(config.sequence_length + 1)
     _check(manifest, corpus, config)
     trained = {name: of_set["train"] for name, of_set in manifest.sets.items()}
     tokens = {name: part.tokens for name, part in trained.items() if part.rows}
-    manifest.weights = mixture.set_weights(tokens, source_of, mix)
-    known = {path for name in manifest.sets for s in SPLITS for path in manifest.paths(name, s)}
-    for path in directory.glob("*/rows-*.array_record-*"):
-        if path not in known:
-            path.unlink()
-    for name, of_set in manifest.sets.items():
-        shards.write_tfds_metadata(directory / name, of_set)
+    manifest.weights = mixture.set_weights(tokens, source_of, mix, factors=factors)
+    if not _holds(directory, manifest):
+        _replace(directory, manifest, moves)
     shards.write(manifest, shards.MANIFEST)
     if parts.exists():
         parts.rmtree()
@@ -214,9 +213,8 @@ def _pack(
     item: tuple[int, tuple[str, Pieces]],
 ) -> Iterator[tuple[Key, Block]]:
     number, (name, pieces) = item
-    folder = epath.Path(parts) / f"{number:05d}"
-    if folder.exists():
-        folder.rmtree()
+    attempt = uuid.uuid4().hex  # a cluster may do a task twice, even at the same time
+    folder = epath.Path(parts) / f"{number:05d}" / attempt
     found = {split: Part() for split in SPLITS}
     writers = {
         split: packing.RowWriter(found[split], folder, split, config.sequence_length)
@@ -240,7 +238,8 @@ def _pack(
         writers["train"].flush()  # so a copy never shares a row with its original
     for writer in writers.values():
         writer.close()
-    yield (number,), as_json({split: dataclasses.asdict(part) for split, part in found.items()})
+    told = {split: dataclasses.asdict(part) for split, part in found.items()}
+    yield (number,), as_json({"attempt": attempt, **told})
 
 
 def _documents(table: pa.Table, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
@@ -253,19 +252,49 @@ def _documents(table: pa.Table, rows: np.ndarray) -> Iterator[tuple[np.ndarray, 
         yield values[start:stop], size
 
 
-def _move(
-    folder: epath.Path, found: Mapping[str, Any], there: epath.Path, split: str, part: Part
-) -> None:
-    """Takes what a task has written into its set."""
-    there.mkdir(parents=True, exist_ok=True)
+Moves = list[tuple[epath.Path, epath.Path]]  # from where, and where to
+
+
+def _add(
+    found: Mapping[str, Any], made: epath.Path, part: Part, folder: epath.Path, split: str
+) -> Moves:
+    """Counts what a task has written into its set; returns its files' ways there."""
+    moves = []
     for values in found["files"]:
         file = File(**values)
-        old = folder / file.name
+        old = made / file.name
         file.name = f"rows-{split}.array_record-{len(part.files):05d}"
-        old.replace(there / file.name)
         part.files.append(file)
+        moves.append((old, folder / file.name))
     for field in ("documents", "utf8_bytes", "tokens", "pieces", "rows"):
         setattr(part, field, getattr(part, field) + found[field])
+    return moves
+
+
+def _holds(directory: epath.Path, manifest: Manifest) -> bool:
+    """Whether these very rows are there already, whole: they are not taken away for a moment."""
+    try:
+        return shards.read(directory, shards.MANIFEST).sets == manifest.sets
+    except ValueError:
+        return False
+
+
+def _replace(directory: epath.Path, manifest: Manifest, moves: Moves) -> None:
+    """All that is in the folder, but for the manifest, which is gone then."""
+    for name in (shards.MANIFEST, shards.PARTIAL):
+        (directory / name).unlink(missing_ok=True)
+    for old, new in moves:
+        if old.exists():
+            new.parent.mkdir(parents=True, exist_ok=True)
+            old.replace(new)
+        elif not new.exists():  # an interrupted run has not moved it either
+            raise ValueError(f"{new} is missing: delete the scratch folder to pack anew.")
+    known = {path for name in manifest.sets for s in SPLITS for path in manifest.paths(name, s)}
+    for path in directory.glob("*/rows-*.array_record-*"):
+        if path not in known:
+            path.unlink()
+    for name, of_set in manifest.sets.items():
+        shards.write_tfds_metadata(directory / name, of_set)
 
 
 def _check(manifest: Manifest, corpus: Corpus, config: TokensConfig) -> None:

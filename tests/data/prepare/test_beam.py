@@ -27,7 +27,26 @@ def test_a_chain(tmp_path, options):
         "chain", range(5), functools.partial(chain.numbers, 1000), chain.sums, chain.last
     )
     assert [(key, block.tolist()) for key, block in results] == chain.expected(1000)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.glob("*/*")] == ["results"]
+    again = beam.Beam(tmp_path, *options).run("chain", range(5), chain.killer)
+    assert [(key, block.tolist()) for key, block in again] == chain.expected(1000)
+
+
+def fails(key, blocks):
+    if key == (1,):
+        raise OSError("the disk is full")
+    return chain.sums(key, blocks)
+
+
+def test_another_engine_goes_on_after_a_failure(tmp_path):
+    first = functools.partial(chain.numbers, 1000)
+    engines = [engine.Local(tmp_path), beam.Beam(tmp_path, "direct")]
+    for each in engines:
+        with pytest.raises(Exception, match="the disk is full"):
+            each.run("chain", range(5), first, fails, chain.last)
+    for each in engines[::-1]:
+        results = each.run("chain", range(5), first, chain.sums, chain.last)
+        assert [(key, block.tolist()) for key, block in results] == chain.expected(1000)
 
 
 def big(item):

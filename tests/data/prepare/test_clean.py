@@ -321,6 +321,46 @@ def test_cutting_can_be_switched_off():
     assert found["text"].null_count == 1 and found["cut_lines"].to_pylist() == [0]
 
 
+def test_lines_are_those_of_all_stages():
+    rng = random.Random(3)
+    letters = "ab 版。" + text.NEWLINES
+    texts = ["".join(rng.choices(letters, k=rng.randint(0, 30))) for _ in range(200)]
+    joined = text.join(["", *texts, "a\r\n\r\nb", ""])
+    found, lines = clean._lines(joined, text.tokens(joined)), text.paragraphs(joined)
+    for field in ("starts", "ends", "sizes", "rows"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(lines, field))
+
+
+@pytest.mark.parametrize("end", text.NEWLINES)
+def test_every_newline_ends_a_line(end):
+    document = f"{CHINESE}版权所有 2019{end}上一篇：没有了{end}{end}{CHINESE}"
+    assert cut(document) == (f"{CHINESE}{CHINESE}", 2)
+    assert cut(f"{ENGLISH}{end}\r{end}Leave a Reply{end}") == (f"{ENGLISH}{end}\r{end}", 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "right"),
+    [
+        ("all", "max_digits", 40, "a share"),
+        ("all", "min_visible", -1, "0 or more"),
+        ("characters", "max_symbols", -0.1, "a share"),
+        ("characters", "min_grammar", float("nan"), "a share"),
+        ("words", "max_word_length", -1.0, "0 or more"),
+        ("words", "max_placeholder", 1.5, "a share"),
+        ("code", "max_mean_line", -1.0, "0 or more"),
+    ],
+)
+def test_wrong_limits_are_named(kind, field, value, right):
+    config = CleanConfig()
+    config.check()
+    config.code.max_mean_line = config.words.max_word_length = 1e9  # no limit
+    config.check()
+    setattr(getattr(config, kind), field, value)
+    message = rf"config\.clean\.{kind}\.{field}={value} must be {right}"
+    with pytest.raises(ValueError, match=message):
+        config.check()
+
+
 def test_columns():
     documents = table([ENGLISH * 2, None, "上一篇：无\n" + CHINESE], ["en", None, "zh"])
     found = clean.clean(documents, CleanConfig())

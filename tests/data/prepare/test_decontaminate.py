@@ -185,10 +185,30 @@ def test_nothing_to_take_out(tmp_path):
             decontaminate.fingerprint(DecontaminateConfig(against=f"{tmp_path}{missing}"))
 
 
-def test_n_grams_that_do_not_fit(math):
-    for short in (0, 13):
-        with pytest.raises(ValueError, match=f"short_ngram={short} must be"):
-            decontaminate.build(DecontaminateConfig(against=math, short_ngram=short))
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        ("short_ngram", 0, "positive and below config.decontaminate.ngram=13"),
+        ("short_ngram", 13, "positive and below config.decontaminate.ngram=13"),
+        ("coverage", 0, r"in \(0, 1\]"),
+        ("coverage", 70, r"in \(0, 1\]"),
+        ("enough_bytes", 0, "1 or more"),
+    ],
+)
+def test_wrong_settings_are_named(field, value, right):
+    with pytest.raises(
+        ValueError, match=rf"config\.decontaminate\.{field}={value} must be {right}"
+    ):
+        DecontaminateConfig(**{field: value}).check()
+
+
+def test_sets_are_read_before_any_work(tmp_path, math):
+    DecontaminateConfig().check()
+    DecontaminateConfig(against=math).check()
+    for name, (content, message) in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"config\.decontaminate\.against=.*{message}"):
+            DecontaminateConfig(against=f"{math},{tmp_path / name}").check()
 
 
 def test_names_of_sets(tmp_path, caplog):
@@ -245,5 +265,5 @@ def test_stage(tmp_path, math, workers):
     before = decontaminate.fingerprint(config)
     items(tmp_path / "exam.json", [{"q": CHINESE}])
     assert decontaminate.fingerprint(config) != before
-    told = decontaminate.run(made, "clean", engine.Local(tmp_path / "work", workers), config)
+    told = decontaminate.run(made, "clean", engine.Local(tmp_path / "again", workers), config)
     assert told["sets"]["exam"] == {"items": 1, "long_enough": 1, "seen": 1, "documents": 2}

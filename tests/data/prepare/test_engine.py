@@ -40,7 +40,16 @@ def test_a_chain_gets_all_blocks_in_the_order_of_their_origin(tmp_path, workers)
     local = engine.Local(tmp_path, workers)
     results = local.run("chain", range(5), functools.partial(numbers, 1000), sums, last)
     assert [(key, block.tolist()) for key, block in results] == expected(1000)
-    assert not list(tmp_path.glob("chain/*"))
+    assert [path.name for path in tmp_path.glob("local-chain/*")] == ["results"]
+
+
+def test_a_chain_that_is_complete_is_not_run_again(tmp_path):
+    first = functools.partial(numbers, 1000)
+    engine.Local(tmp_path).run("chain", range(5), first, sums, last)
+    again = engine.Local(tmp_path).run("chain", range(5), killer, killer, killer)
+    assert [(key, block.tolist()) for key, block in again] == expected(1000)
+    assert engine.Local(tmp_path).run("nothing", [], killer) == []
+    assert engine.Local(tmp_path).run("nothing", range(5), killer) == []
 
 
 def interrupted(folder, item):

@@ -73,3 +73,9 @@ def test_shards_without_documents(tmp_path):
     told = exact.run(made, "exact", engine.Local(tmp_path / "work"), exact.ExactConfig())
     assert told == {"groups": 0, "largest": []}
     assert kept(made.after("exact")) == [[], []]
+
+
+def test_wrong_settings_are_named():
+    exact.ExactConfig(largest=0).check()
+    with pytest.raises(ValueError, match=r"config\.exact\.largest=-1 must be 0 or more"):
+        exact.ExactConfig(largest=-1).check()

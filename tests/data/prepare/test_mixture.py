@@ -1,15 +1,20 @@
 import dataclasses
 import itertools
+import re
+import tempfile
+import types
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from baichuan_jax.data.prepare import mixture
+from baichuan_jax.data import shards
+from baichuan_jax.data.prepare import mixture, safety, tokens
 from baichuan_jax.data.prepare.corpus import DOCUMENT_SCHEMA, Corpus, write_parquet
 from baichuan_jax.data.prepare.engine import Local
 from baichuan_jax.data.prepare.mixture import MixtureConfig
+from baichuan_jax.data.prepare.tokens import TokensConfig
 
 N = 2_000
 
@@ -26,7 +31,6 @@ def scores():
         "cluster_size": rng.choice([1, 1, 1, 2, 7, 100, 5_000], N),
         "copies": rng.choice([None, 1, 3], N),
         "repeated_share": rng.choice([None, 0, 0.5, 1], N),
-        "positive_factor": rng.choice([1, 1.5], N),
     }
 
 
@@ -49,8 +53,9 @@ def corpus(folder, scores, shards=1, without=()):
 
 
 def run(found, config=None, seed=0, workers=1):
-    engine = Local(f"{found.directory}/scratch", workers)
-    return mixture.run(found, "mixture", engine, config or MixtureConfig(), seed)
+    with tempfile.TemporaryDirectory() as scratch:  # a finished chain is not run again
+        engine = Local(scratch, workers)
+        return mixture.run(found, "mixture", engine, config or MixtureConfig(), seed)
 
 
 def drawn(found):
@@ -98,10 +103,9 @@ def test_factors():
     assert of(copies=[2, 5]) == [1.5, 2]
     assert of(repeated_share=[0, 0.25, np.nan, 1]) == [1, 0.75, 1, pytest.approx(0.1)]
     squared = MixtureConfig(uniqueness=2)
-    assert of(squared, repeated_share=[0.5], positive_factor=[3.0]) == [0.75]
-    off = MixtureConfig(quality="", cluster_size="", uniqueness=0, positive=False)
-    every = {"quality_decile": [0], "cluster_size": [9], "repeated_share": [0.5]}
-    assert of(off, **every, positive_factor=[2.0]) == [1]
+    assert of(squared, repeated_share=[0.5]) == [0.25]
+    off = MixtureConfig(quality="", cluster_size="", uniqueness=0)
+    assert of(off, quality_decile=[0], cluster_size=[9], repeated_share=[0.5]) == [1]
     assert mixture.factors({}, 3, MixtureConfig()).tolist() == [1, 1, 1]
 
 
@@ -137,7 +141,7 @@ def test_the_corpus_is_sampled_by_its_scores(scores, tmp_path, epochs):
             "quality_decile": tenths,
             **{
                 name: np.array(scores[name][kept], float)
-                for name in ("cluster_size", "copies", "repeated_share", "positive_factor")
+                for name in ("cluster_size", "copies", "repeated_share")
             },
         },
         len(quality),
@@ -172,7 +176,7 @@ def test_the_draw_depends_on_seed_and_epoch(scores, tmp_path):
 
 
 def test_without_scores_every_document_counts_once(scores, tmp_path):
-    every = ("quality", "cluster_size", "copies", "repeated_share", "positive_factor")
+    every = ("quality", "cluster_size", "copies", "repeated_share")
     found = corpus(tmp_path, scores, without=every)
     run(found)
     assert set(drawn(found)["count"].to_pylist()) == {1}
@@ -185,7 +189,7 @@ def test_a_decile_of_another_stage_goes_before_the_score(scores, tmp_path):
     unknown = np.arange(N) % 2 == 0  # the best of the others, as `quality` does not have it
     tenths = pa.array(np.full(N, 9, np.uint8), mask=unknown)
     found.write("tenths", 0, np.arange(N), pa.table({"quality_decile": tenths}))
-    run(found.after("tenths"), MixtureConfig(cluster_size="", uniqueness=0, positive=False))
+    run(found.after("tenths"), MixtureConfig(cluster_size="", uniqueness=0))
     table = found.after("mixture").read(0, "source", "weight")
     for source in ("news", "books"):
         mine = table.filter(pc.equal(table["source"], source))
@@ -207,26 +211,88 @@ def test_set_weights():
     assert given == pytest.approx({"zh.zh": 1_000 * 900 / 990, "zh.en": 0, "code": 1_000 / 11})
     assert sum(of(alpha=0.5).values()) == pytest.approx(1_000)
     assert of(alpha=0.5)["zh.zh"] / of(alpha=0.5)["zh.en"] == pytest.approx(10**0.5)
-    with pytest.raises(ValueError, match=r"names books; there are code, zh, zh\.en, zh\.zh"):
+    with pytest.raises(
+        ValueError, match=r"=books=2 names books; there are code, zh, zh\.en, zh\.zh"
+    ):
         of(source_weights="books=2")
     with pytest.raises(ValueError, match="leaves nothing"):
         of(source_weights="zh=0,code=0")
 
 
+def test_sources_of_good_values_are_seen_so_many_times_more_often():
+    tokens = {"laws.zh": 300, "laws.en": 100, "web.zh": 500, "web.en": 100}
+    source_of = {name: name.split(".")[0] for name in tokens}
+    for config in (MixtureConfig(), MixtureConfig(alpha=0.5, source_weights="laws.en=3,web=2")):
+        plain = mixture.set_weights(tokens, source_of, config)
+        raised = mixture.set_weights(tokens, source_of, config, {"laws": 2.5})
+        ratios = {name: raised[name] / plain[name] for name in tokens}
+        for laws, web in itertools.product(("laws.zh", "laws.en"), ("web.zh", "web.en")):
+            assert ratios[laws] / ratios[web] == pytest.approx(2.5)
+        assert sum(raised.values()) == pytest.approx(1_000)
+    with pytest.raises(
+        ValueError, match=r"config\.safety\.positive names lows; there are laws, web"
+    ):
+        mixture.set_weights(tokens, source_of, MixtureConfig(), {"lows": 2.0})
+
+
+def test_names_of_sources_are_checked_early():
+    def check(weights):
+        mixture.check_sources(MixtureConfig(source_weights=weights), ["web", "laws"])
+
+    check("")
+    check("web=2,laws.zh=0.5")  # whether there is such a set, nobody knows yet
+    for wrong in ("wbe", "webs", "web-2", "zh"):
+        with pytest.raises(
+            ValueError, match=f"source_weights=web=1,{wrong}=2 names {wrong}; there"
+        ):
+            check(f"web=1,{wrong}=2")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("quality", "1,2,3", "has 3 factors; it needs ten"),
-        ("quality", "1,2,3,4,5,6,7,8,9,x", "'x' should be a number above 0"),
-        ("cluster_size", "1=1,9", "cluster_size: '' should be a number"),
-        ("cluster_size", "9=1,2=1", "rising sizes"),
-        ("source_weights", "zh=-1", "'-1' should be a number 0 or more"),
-        ("max_repeats", 0, "max_repeats=0 must be between 1 and 255"),
-        ("epochs", 5.0, r"epochs=5\.0 must be above 0 and at most config\.mixture\.max_repeats=4"),
-        ("alpha", -1.0, r"alpha=-1\.0 must be 0 or more"),
+        ("quality", "1,2,3", "should be ten factors above 0"),
+        ("quality", "1,2,3,4,5,6,7,8,9,x", "should be ten factors above 0"),
+        ("quality", "1,2,3,4,5,6,7,8,9,0", "should be ten factors above 0"),
+        ("cluster_size", "1=1,9", "should be SIZE=FACTOR,… with sizes that rise"),
+        ("cluster_size", "9=1,2=1", "should be SIZE=FACTOR,… with sizes that rise"),
+        ("cluster_size", "1=inf", "should be SIZE=FACTOR,… with sizes that rise"),
+        ("source_weights", "zh=-1", "should be NAME=FACTOR,… with factors of 0 or more"),
+        ("source_weights", "zh", "should be NAME=FACTOR,… with factors of 0 or more"),
+        ("max_repeats", 0, "must be between 1 and 255"),
+        ("epochs", 5.0, "must be above 0 and at most config.mixture.max_repeats=4"),
+        ("alpha", -1.0, "must be 0 or more"),
+        ("uniqueness", float("nan"), "must be 0 or more"),
     ],
 )
 def test_wrong_settings(field, value, message):
+    MixtureConfig().check()
     config = dataclasses.replace(MixtureConfig(), **{field: value})
-    with pytest.raises(ValueError, match=rf"config\.mixture\.{field}.*{message}|{message}"):
+    with pytest.raises(ValueError, match=re.escape(f"config.mixture.{field}={value} {message}")):
         config.check()
+
+
+def test_the_weights_in_the_manifest_rise_by_the_factors(scores, tmp_path):
+    """From `config.safety.positive` to what the loader mixes by."""
+    found = corpus(tmp_path, scores, shards=2)
+    for shard in range(2):
+        size = found.num_rows(shard)
+        ids = pa.array([list(range(n % 5)) for n in range(size)], pa.list_(pa.int32()))
+        hashes = np.random.default_rng(shard).integers(0, 1 << 63, size).astype(np.uint64)
+        attributes = {"tokens": ids, "text_bytes": np.ones(size, np.uint32), "text_hash": hashes}
+        found.write("tokens", shard, np.arange(size), pa.table(attributes))
+    found = found.after("tokens")
+    run(found)
+    found = found.after("mixture")
+    tokenizer = types.SimpleNamespace(eos_id=2, fingerprint="none")
+    weights = []
+    for positive in ("", "books=3"):
+        engine = Local(str(tmp_path / "scratch" / positive), 1)
+        folder = tmp_path / f"shards-{positive}"
+        settings = TokensConfig(sequence_length=16), MixtureConfig(), tokenizer
+        tokens.pack(found, folder, engine, *settings, factors=safety.factors(positive))
+        loaded = shards.load(folder, tokenizer=None, sequence_length=16)
+        assert set(loaded.weights) == {"books.zh", "news.zh"}
+        assert sum(loaded.weights.values()) == pytest.approx(loaded.total("train", "tokens"))
+        weights.append(loaded.weights["books.zh"] / loaded.weights["news.zh"])
+    assert weights[1] == pytest.approx(3 * weights[0])

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 
 import jax
@@ -109,8 +108,9 @@ def test_writes_all_shards_and_resumes(made, tmp_path, monkeypatch):
     assert [part.to_pylist() for part in scored] == [texts[5:]]
 
 
-def test_refuses_what_gives_no_score(made):
-    for field in ("tokens", "batch_tokens"):
-        config = dataclasses.replace(PerplexityConfig(), **{field: 0})
-        with pytest.raises(ValueError, match=f"config.perplexity.{field}=0"):
-            perplexity.run(Corpus("none"), "perplexity", None, config)
+def test_refuses_what_gives_no_score():
+    PerplexityConfig(tokens=2, batch_tokens=1).check()
+    for field, value, least in (("tokens", 1, 2), ("batch_tokens", 0, 1)):
+        message = f"config.perplexity.{field}={value} must be {least} or more"
+        with pytest.raises(ValueError, match=message):
+            PerplexityConfig(**{field: value}).check()

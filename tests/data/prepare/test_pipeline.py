@@ -173,7 +173,7 @@ def test_a_run_on_prepared_data_scores_the_next_corpus(raw, prepared, tmp_path):
     told = found["quality"]["told"]
     assert told["all"]["auc"] > 0.9
     assert 0 < found["perplexity"]["told"]["mean"] < 20
-    columns = ("quality", "bits_per_byte", "semantic_similarity", "positive_factor", "weight")
+    columns = ("quality", "bits_per_byte", "semantic_similarity", "weight")
     corpus = load_corpus(work)
     table = pa.concat_tables(
         corpus.read(shard, "source", *columns) for shard in range(corpus.num_shards())
@@ -183,8 +183,12 @@ def test_a_run_on_prepared_data_scores_the_next_corpus(raw, prepared, tmp_path):
         for row in table.group_by("source").aggregate([(c, "mean") for c in columns]).to_pylist()
     }
     assert means["docs"]["quality_mean"] > 0.7 > 0.3 > means["dialogue"]["quality_mean"]
-    factors = {source: row["positive_factor_mean"] for source, row in means.items()}
-    assert factors == {"docs": 2, "dialogue": 1, "python": 1}
+    manifest = shards.load(work / "shards", tokenizer=None, sequence_length=128)
+    shares = {
+        name: manifest.weights[name] / parts["train"].tokens
+        for name, parts in manifest.sets.items()
+    }
+    assert shares["docs.en"] == pytest.approx(2 * shares["python.code"])
     assert table["bits_per_byte"].null_count == 0
     assert table["weight"].null_count == 0
 

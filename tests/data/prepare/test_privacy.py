@@ -166,6 +166,7 @@ def test_cards():
         ("http://47.95.123.45:8080/x", "http://<IP>:8080/x"),
         ("ip=47.95.123.45, IP:47.95.123.46", "ip=<IP>, IP:<IP>"),
         ("来自2408:8207:1850:2a60::4c2。", "来自<IP>。"),
+        ("The server 47.95.123.45 is up; dev 47.95.123.46", "The server <IP> is up; dev <IP>"),
     ],
 )
 def test_addresses(text, expected):
@@ -209,10 +210,11 @@ def test_config():
     text = "a@b.com 13812345678"
     assert mask(text, kinds="phone", placeholder="[{}]") == "a@b.com [PHONE]"
     assert mask(text, kinds="") == text
-    with pytest.raises(ValueError, match=r"config.kinds has name: should be some of email, id"):
-        mask(text, kinds="email,name")
-    with pytest.raises(ValueError, match=r"config.placeholder='X' has no \{\}"):
-        mask(text, placeholder="X")
+    with pytest.raises(ValueError, match=r"config\.privacy\.kinds=email,name has name: should be"):
+        PrivacyConfig(kinds="email,name").check()
+    with pytest.raises(ValueError, match=r"config\.privacy\.placeholder=X should have a \{\}"):
+        mask(text, placeholder="X")  # where it is used, too
+    assert mask(text, kinds="phone", placeholder="{{}{x}") == "a@b.com {PHONE{x}"
 
 
 def test_a_long_text_takes_no_long_time():

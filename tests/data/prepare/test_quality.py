@@ -50,8 +50,24 @@ def test_without_a_model_nothing_is_said(model):
     assert found.to_pylist() == [{"reason": None, "quality": None}] * 2
     for given in (model[1], ""):
         assert len(quality.score(documents([], []), QualityConfig(), given)) == 0
-    with pytest.raises(ValueError, match=r"config.quality.min_quality=1.5 must be between 0 and 1"):
-        quality.score(documents(["a"], ["en"]), QualityConfig(min_quality=1.5))
+
+
+def test_refuses_bad_settings(model, tmp_path):
+    file = model[1]
+    for good in ({}, {"classifier": file, "min_quality": 0.5}, {"positive": "a", "negative": "b"}):
+        QualityConfig(**good).check()
+    (tmp_path / "text.npz").write_text("no classifier")
+    for field, settings, message in (
+        ("min_quality", {"min_quality": 1.5}, r"=1\.5 must be between 0 and 1"),
+        ("min_quality", {"min_quality": 0.5}, r"=0\.5 needs a classifier"),
+        ("positive", {"positive": "a"}, "=a needs config.quality.negative, too"),
+        ("negative", {"negative": "b"}, "=b needs config.quality.positive, too"),
+        ("classifier", {"classifier": file, "positive": "a"}, f"={file} is trained already"),
+        ("classifier", {"classifier": str(tmp_path / "none.npz")}, r"=.*none\.npz: .*none\.npz"),
+        ("classifier", {"classifier": str(tmp_path / "text.npz")}, r"=.* is no saved classifier"),
+    ):
+        with pytest.raises(ValueError, match=f"^config.quality.{field}{message}"):
+            QualityConfig(**settings).check()
 
 
 def corpus(size, seed=0):

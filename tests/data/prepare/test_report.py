@@ -327,17 +327,50 @@ def test_evaluation_sets_counts_and_classifiers(made, tmp_path):
     assert "| quality | all | 1,000 | 2,000 | 300 | 98.70 | 0.9900 |" in text
 
 
+def bars(path, *colours):
+    """Lengths of the bars of these colours in pixels, from the top: [colours, bars]."""
+    image = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
+    image = image[:, : image.shape[1] * 4 // 5]  # right of it is the legend
+    lengths = []
+    for colour in colours:
+        rows = (image == colour).all(axis=-1).sum(axis=1)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], rows > 0, [0]])))
+        lengths.append([rows[start:end].max() for start, end in edges.reshape(-1, 2)])
+    return np.array(lengths)
+
+
+BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)
+
+
 def test_the_bars_of_the_funnel_are_as_long_as_they_should_be(tmp_path):
     path = epath.Path(tmp_path) / "plots" / "funnel.png"
-    plots.funnel(path, ["ingest", "exact"], {"zh": [80, 20], "en": [20, 20]}, {"exact": 70})
-    image = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
-    lengths = []
-    for colour in ((0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)):
-        rows = (image == colour).all(axis=-1).sum(axis=1)
-        lengths.append([rows[: len(rows) // 2].max(), rows[len(rows) // 2 :].max()])
-    (zh_raw, zh), (en_raw, en) = lengths
-    assert zh == pytest.approx(zh_raw / 4, abs=3) and en == pytest.approx(en_raw, abs=3)
-    assert zh == pytest.approx(en, abs=3)
+    kept = {
+        "languages": {"zh": [80, 20], "en": [20, 20]},
+        "sources": {"a": [60, 30], "b": [40, 10]},
+    }
+    plots.funnel(path, ["ingest", "exact"], kept, {"exact": 70})
+    first, second = bars(path, BLUE, ORANGE)
+    assert first / first[0] * 80 == pytest.approx([80, 20, 60, 30], abs=1)
+    assert second / first[0] * 80 == pytest.approx([20, 20, 40, 10], abs=1)
+
+
+def test_the_picture_of_the_funnel_is_by_language_and_by_source(made, tmp_path, monkeypatch):
+    drawn, draw = [], plots.funnel
+    monkeypatch.setattr(plots, "funnel", lambda *all: drawn.append(all) or draw(*all))
+    many = [(f"s{n}", "zh", 1, 10 * n) for n in range(1, 9)]  # 360 bytes
+    last = record("spans", many[:5])
+    text = report(tmp_path, made, [record("ingest", many), *RECORDS[1:3], last]).read_text()
+    [(path, stages, kept, paper)] = drawn
+    assert path.exists() and "](plots/funnel.png)" in text and paper["spans"] == 50.81
+    assert stages == ["ingest", "language", "exact", "spans"]
+    assert list(kept) == ["by language", "by source"]
+    assert kept["by language"]["zh"][0] == 100
+    sources = kept["by source"]
+    assert set(sources) == {"web", "wiki", "s8", "s7", "s6", "other"}
+    assert sources["s8"] == pytest.approx([100 * 80 / 360, 0, 0, 0])
+    assert sources["other"] == pytest.approx(
+        [100 * (10 + 20 + 30 + 40 + 50) / 360, 0, 0, 100 * 150 / 360]
+    )
 
 
 def test_a_corpus_with_nothing_to_tell(tmp_path):

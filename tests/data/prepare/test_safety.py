@@ -59,11 +59,10 @@ GOOD = [
 ]
 
 
-def documents(texts, sources=None, language="und"):
+def documents(texts, language="und"):
     return pa.table(
         {
             "text": pa.array(texts, pa.string()),
-            "source": sources or ["s"] * len(texts),
             "language": [language] * len(texts),
         }
     )
@@ -239,21 +238,24 @@ def test_refuses_bad_settings(tmp_path, terms):
     (tmp_path / "latin.tsv").write_bytes(b"spam\tcaf\xe9\n")
     with pytest.raises(ValueError, match=r"latin.tsv: byte 9 .*UTF-8"):
         safety.read_terms(SafetyConfig(lists=str(tmp_path / "latin.tsv")))
-    for field in ("min_share", "min_terms"):
-        with pytest.raises(ValueError, match=f"config.safety.{field}=0"):
-            safety.read_terms(SafetyConfig(**{field: 0}))
-    with pytest.raises(ValueError, match=r"config.safety.max_unsafe=2 must be between 0 and 1"):
-        safety.score(documents(["a"]), SafetyConfig(max_unsafe=2), terms)
+    SafetyConfig().check()
+    for field, value, message in (
+        ("min_share", 0.0, "must be above 0"),
+        ("min_terms", 0, "must be 1 or more"),
+        ("max_unsafe", 2.0, "must be between 0 and 1"),
+        ("positive", "laws", "'laws' should be SOURCE=FACTOR"),
+        ("unsafe", "bad.txt", "needs config.safety.safe, too"),
+        ("safe", "good.txt", "needs config.safety.unsafe, too"),
+        ("classifier", "none.npz", ".*none.npz"),
+    ):
+        with pytest.raises(ValueError, match=f"^config.safety.{field}={value}:? {message}"):
+            SafetyConfig(**{field: value}).check()
+    with pytest.raises(ValueError, match=r"latin.tsv: byte 9 .*UTF-8"):
+        SafetyConfig(lists=str(tmp_path / "latin.tsv")).check()
 
 
 def test_positive_sources():
-    found = safety.score(
-        documents(["a"] * 3, ["laws", "web", "care"]),
-        SafetyConfig(positive="laws=2, care=1.5"),
-        safety.make_terms([]),
-    )
-    assert found["positive_factor"].to_pylist() == [2, 1, 1.5]
-    assert found.schema.field("positive_factor").type == pa.float32()
+    assert safety.factors("laws=2, care=1.5") == {"laws": 2, "care": 1.5}
     for wrong in ("laws", "laws=", "laws=0", "laws=-1", "laws=inf", "=2", "laws=two"):
         with pytest.raises(ValueError, match="should be SOURCE=FACTOR"):
             safety.factors(wrong)

@@ -1,6 +1,7 @@
 """Semantic deduplication beside the rule of SemDeDup, spelled out."""
 
 import collections
+import functools
 import itertools
 import json
 
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from baichuan_jax.data.prepare import embed, engine, semantic
+from baichuan_jax.data.prepare import embed, engine, kmeans, semantic
 from baichuan_jax.data.prepare.corpus import ids
 from baichuan_jax.data.prepare.semantic import SemanticConfig
 from tests.data.prepare.test_exact import write
@@ -241,5 +242,64 @@ def test_number_of_clusters(documents, clusters):
 def test_refuses(tmp_path, field, value):
     made = write(tmp_path, [["a"]])
     config = SemanticConfig(**{field: value})
-    with pytest.raises(ValueError, match=f"{field}={value}"):
-        semantic.run(made, "semantic", engine.Local(tmp_path / "work"), config)
+    said = rf"config\.clusters\.{field}={value} (should|must) "
+    for call in (config.check, lambda: semantic.run(made, "semantic", None, config)):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_goes_on_with_the_clusters_that_it_has(tmp_path, monkeypatch):
+    """A resumed run does not mix its own clusters with those of finished work."""
+    made = write(tmp_path, topic_texts(seed=4))
+    config = SemanticConfig(dimensions=64, clusters=5)
+    call = functools.partial(semantic.run, made, "semantic", config=config)
+    expected = call(engine=engine.Local(tmp_path / "whole")), read(made.after("semantic"), *COLUMNS)
+
+    fit, compare, group = kmeans.fit, semantic._compare, semantic._group
+    fitted, grouped = [], []
+
+    def fit_otherwise(*arguments, **options):  # as on another number of devices, only more so
+        centroids_KD, history = fit(*arguments, **options)
+        fitted.append(len(centroids_KD))
+        return np.roll(centroids_KD, len(fitted) - 1, axis=0), history
+
+    def interrupt(*arguments):
+        raise Interrupted
+
+    def count(corpus, stage, bounds, shard):
+        grouped.append(shard)
+        if len(grouped) == 3:
+            raise Interrupted
+        return group(corpus, stage, bounds, shard)
+
+    monkeypatch.setattr(kmeans, "fit", fit_otherwise)
+    work = tmp_path / "work"
+    monkeypatch.setattr(semantic, "_group", count)
+    with pytest.raises(Interrupted):  # two of four shards are sent
+        call(engine=engine.Local(work))
+    monkeypatch.setattr(semantic, "_compare", interrupt)
+    with pytest.raises(Interrupted):
+        call(engine=engine.Local(work))
+    assert grouped == [0, 1, 2, 2, 3]
+    monkeypatch.setattr(semantic, "_compare", compare)
+    assert (call(engine=engine.Local(work)), read(made.after("semantic"), *COLUMNS)) == expected
+    assert fitted == [5]
+    # Another run, as after a change of the settings before it, finds its own.
+    call(engine=engine.Local(tmp_path / "other"))
+    assert fitted == [5, 5]
+
+
+def test_the_sample_is_of_all_shards(tmp_path):
+    made = write(tmp_path, topic_texts(sizes=(30, 1, 0, 50), copies=0))
+    embed.run(made, "semantic", engine.Local(tmp_path / "work"), 64)
+    every = np.concatenate([embed.load(made, "semantic", embed.shard_name(n)) for n in range(4)])
+    ends = np.cumsum([0, 30, 1, 0, 50])
+    np.testing.assert_array_equal(semantic._sample(made, "semantic", ends, 500, 0), every)
+    few, other = (semantic._sample(made, "semantic", ends, 20, seed) for seed in (0, 1))
+    rows = [np.flatnonzero((every == one).all(axis=1)).tolist() for one in few]
+    assert len(few) == 20 and all(len(row) == 1 for row in rows) and rows == sorted(rows)
+    assert rows[0][0] < 30 <= rows[-1][0] and (few != other).any()

@@ -4,6 +4,7 @@ import pytest
 
 from baichuan_jax.data.prepare import linear, sentences
 from baichuan_jax.data.prepare.sentences import SentencesConfig
+from baichuan_jax.data.prepare.text import NEWLINES, join, tokens
 
 CHINESE = "清晨的港口很安静。夜里回来的渔船都停靠在岸边！街上还有人吗？没有人。"
 ENGLISH = "The harbour lay quiet in the early light. Nobody was about yet, it seemed. "
@@ -143,10 +144,8 @@ def test_rows_do_not_depend_on_each_other(monkeypatch):
 
 def test_classifier(tmp_path):
     """Weights that know one bad word: sentences with it, and long enough, have low scores."""
-    from baichuan_jax.data.prepare import text
-
     weights = np.zeros((1, 1 << linear.BITS), np.float32)
-    singles, _ = linear.features(text.tokens(text.join(["casino"])).hashes)
+    singles, _ = linear.features(tokens(join(["casino"])).hashes)
     weights[0, singles] = -400
     linear.Linear(weights, np.full(1, 3, np.float32)).save(tmp_path / "good.npz")
     options = {"classifier": str(tmp_path / "good.npz")}
@@ -158,3 +157,27 @@ def test_classifier(tmp_path):
     assert left(f"{ENGLISH}`x` {bad[:-1]} `y`. {ENGLISH}", "en", **options).count("casino") == 1
     with pytest.raises(FileNotFoundError):
         left(ENGLISH, "en", classifier=str(tmp_path / "none.npz"))
+
+
+@pytest.mark.parametrize("end", NEWLINES)
+def test_every_newline_ends_a_line(end):
+    document = f"{CHINESE}{end}# 查看更多{end}{CHINESE}{end}查看更多{end}{CHINESE}"
+    assert left(document) == f"{CHINESE}{end}# 查看更多{end}{CHINESE}{end}{CHINESE}"
+
+
+def test_wrong_settings_are_named(tmp_path):
+    SentencesConfig().check()
+    shares = ("max_ornaments", "max_leaders", "max_exclaimed", "max_keyword_share")
+    wrong = {name: (20, r"in \[0, 1\]") for name in (*shares, "min_score", "max_removed")}
+    wrong |= {"min_keywords": (0, "1 or more"), "scored_from": (-1, "0 or more")}
+    for field, (value, right) in wrong.items():
+        message = rf"config\.sentences\.{field}={value} must be {right}"
+        with pytest.raises(ValueError, match=message):
+            SentencesConfig(**{field: value}).check()
+    (tmp_path / "bad.npz").write_bytes(b"no classifier")
+    for name in ("none.npz", "bad.npz", ""):
+        with pytest.raises(ValueError, match=r"config\.sentences\.classifier=.* must be a file"):
+            SentencesConfig(classifier=str(tmp_path / name)).check()
+    weights = np.zeros((1, 1 << linear.BITS), np.float32)
+    linear.Linear(weights, np.zeros(1, np.float32)).save(tmp_path / "good.npz")
+    SentencesConfig(classifier=str(tmp_path / "good.npz")).check()

@@ -170,6 +170,55 @@ def test_stubs_and_separators_go_with_their_line(tmp_path):
     assert texts == [first, f"{own('dog')}\n\n***\n{own('dogs', 'puppy')}"]
 
 
+SHORT = {
+    **dict.fromkeys(["孕妇及婴儿禁用本品。", "No.", "42 people.", "B2.", "1234."], True),
+    **dict.fromkeys(["---", "7.", "b."], False),
+}
+
+
+@pytest.mark.parametrize(("short", "stays"), SHORT.items())
+def test_a_short_rest_that_says_something_stays(tmp_path, short, stays):
+    """It stands nowhere else; what it follows, or begins with, does."""
+    three = " ".join(THREE)
+    before, after = f"{own('dog')}\n", own("dogs", "puppy", "bone")
+    first = f"{own('cat')}\n{three}\n{own('cats', 'kitten')}"
+    if short != "---":  # or it would be of the first sentence
+        texts, _, _ = deduplicate(tmp_path / "a", [[first, f"{before}{short} {three}\n{after}"]])
+        assert texts == [first, f"{before}{short} \n{after}" if stays else before + after]
+    texts, _, _ = deduplicate(tmp_path / "b", [[first, f"{before}{three} {short}\n{after}"]])
+    # A number is a label only where a line begins.
+    assert texts == [first, before + after if short == "---" else f"{before}{short}\n{after}"]
+
+
+def test_a_short_rest_goes_if_an_earlier_document_has_it(tmp_path):
+    long = "".join(f"山中的{c}树在春天开出白色的花朵，到了秋天便结满红色的果实。" for c in "桃李")
+    line = "旧时的人们上山采集果实。然后一起背回村里晒干。很甜。"  # too short to go by itself
+    documents = [f"{own(f'{w}s', f'{w}es')}\n{long}\n{line}\n{own(w)}" for w in ("cat", "dog")]
+    texts, _, _ = deduplicate(tmp_path, [documents])
+    assert texts == [documents[0], f"{own('dogs', 'doges')}\n{own('dog')}"]
+    other = documents[1].replace("很甜", "很酸")
+    texts, _, _ = deduplicate(tmp_path / "other", [[documents[0], other]])
+    assert texts == [documents[0], f"{own('dogs', 'doges')}\n很酸。\n{own('dog')}"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        ("sentence_window", 0, "1 or more"),
+        ("min_characters", -1, "0 or more"),
+        ("paragraph_bytes", -1, "0 or more"),
+        ("window_bytes", -1, "0 or more"),
+        ("largest", -1, "0 or more"),
+        ("max_loss", 70, r"in \[0, 1\]"),
+        ("max_loss", float("nan"), r"in \[0, 1\]"),
+    ],
+)
+def test_wrong_settings_are_named(field, value, right):
+    with pytest.raises(ValueError, match=rf"config\.spans\.{field}={value} must be {right}"):
+        spans.SpansConfig(**{field: value}).check()
+    spans.SpansConfig().check()
+
+
 def test_code_takes_no_part_unless_told(tmp_path):
     documents = [f"# {own(word)}\n{NOTICE}\n# {own(word, word)}" for word in ("one", "two")]
     texts, shares, told = deduplicate(tmp_path / "no", [documents], language="code")
@@ -224,6 +273,33 @@ def test_beside_a_loop_over_strings(tmp_path, seed):
         sizes = np.array([len(s) for s in flat])
         share = sizes[again & ~long & ~drop].sum() / max(1, sizes[~drop].sum())
         assert shares[number] == pytest.approx(share, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_goes_that_stands_nowhere_else(tmp_path, seed):
+    """Of random documents of long and short sentences, many of them unique."""
+    rng = np.random.default_rng(seed)
+    pool = [f"This is sentence {n}, and it says what it has to say." for n in range(6)]
+    pool += ["Not so.", "2.", "Yes!", "***", "好。"]
+
+    def line(number):
+        chosen = [pool[i] for i in rng.integers(len(pool), size=rng.integers(1, 8))]
+        if rng.random() < 0.3:
+            chosen.insert(rng.integers(len(chosen) + 1), f"Own{number}.")
+        return " ".join(chosen)
+
+    documents = ["\n".join(line(f"{n}x{m}") for m in range(rng.integers(1, 9))) for n in range(60)]
+    settings = {"paragraph_bytes": 60, "window_bytes": 60, "max_loss": 1.0}
+    texts, _, told = deduplicate(tmp_path, [documents], **settings)
+    assert told["cut"] > 1000
+
+    def said(string):
+        return set(text.sentences(text.join([string])).hashes.tolist())
+
+    earlier = said("2.") | said("***")  # which say nothing
+    for before, after in zip(documents, texts, strict=True):
+        assert said(before) - said(after) <= earlier
+        earlier |= said(before)
 
 
 def test_the_same_with_other_shards_and_workers(tmp_path):

@@ -152,6 +152,17 @@ def test_sentences_and_paragraphs():
     assert pieces(texts, text.paragraphs(joined)) == lines
 
 
+def test_every_newline_ends_a_line():
+    for end in text.NEWLINES:
+        texts = [f"a{end}b", f"{end}{end}a{end}\n{end}b{end}", end, ""]
+        joined = text.join(texts)
+        lines = [[f"a{end}", "b"], [end * 2, f"a{end}\n{end}", f"b{end}"], [end], []]
+        assert pieces(texts, text.paragraphs(joined)) == lines
+        assert pieces(texts, text.sentences(joined)) == lines
+    codes = np.arange(0x110000, dtype=np.uint32)
+    assert "".join(map(chr, codes[text.is_newline(codes)])) == "".join(sorted(text.NEWLINES))
+
+
 @pytest.mark.parametrize("cut", [text.sentences, text.paragraphs])
 def test_spans(cut):
     texts = SAMPLES + list(SENTENCES_OF) + random_texts(300, 3)

@@ -1,6 +1,9 @@
 import collections
+import contextlib
 import itertools
 import json
+import shutil
+import uuid
 
 import grain
 import numpy as np
@@ -8,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 
 from baichuan_jax import tokenizer as tokenizer_module
 from baichuan_jax.config import DataConfig
@@ -66,10 +70,21 @@ def count(found, counts):
     return found.after("mixture")
 
 
-def pack(found, model, name="shards", workers=1, config=CONFIG, mix=None):
-    engine = Local(f"{found.directory}/scratch", workers)
-    folder = f"{found.directory}/{name}"
-    told = tokens.pack(found, folder, engine, config, mix or MixtureConfig(), Tokenizer(model))
+def pack(
+    found,
+    model,
+    name="shards",
+    workers=1,
+    config=CONFIG,
+    mix=None,
+    scratch=None,
+    engine=None,
+    **more,
+):
+    scratch = scratch or uuid.uuid4().hex
+    engine = engine or Local(f"{found.directory}/{scratch}", workers)
+    folder, mix = f"{found.directory}/{name}", mix or MixtureConfig()
+    told = tokens.pack(found, folder, engine, config, mix, Tokenizer(model), **more)
     loaded = shards.load(folder, tokenizer=Tokenizer(model), sequence_length=config.sequence_length)
     return loaded, told
 
@@ -237,21 +252,121 @@ def test_an_old_folder_is_replaced(model, counted, many_files, monkeypatch):
     assert old.fingerprint != new.fingerprint
 
 
-def test_an_interrupted_folder_does_not_pass_for_complete(model, counted, monkeypatch):
+class Killed(BaseException):
+    pass
+
+
+def kill_at_change(monkeypatch, number, folder):
+    """Kills what is about to make the nth change of the files below a folder."""
+    left = [number]
+
+    def dying(change):
+        def instead(path, *arguments, **options):
+            if folder in path.parents:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+            return change(path, *arguments, **options)
+
+        return instead
+
+    kind = type(epath.Path("/"))
+    for name in ("replace", "unlink", "rmtree"):
+        monkeypatch.setattr(kind, name, dying(getattr(kind, name)))
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["engine resumes", "engine starts anew"])
+def test_other_rows_pass_for_complete_when_all_are_there(
+    texts, model, tmp_path, monkeypatch, keeps
+):
+    some = [(text, "chat", "zh") for text, _, _ in texts[1:41]]
+    found, _ = tokenised(tmp_path, some, model)
+    monkeypatch.setattr(packing, "FILE_BYTES", 3_000)
+    whole, _ = pack(found, model, "whole")
+    old, _ = pack(found, model, "before", config=TokensConfig(2 * T, eval_fraction=0.1))
+    folder, states = epath.Path(found.directory) / "killed", []
+    for number in range(99):
+        if folder.exists():
+            folder.rmtree()
+        shutil.copytree(old.directory, folder)
+        scratch = f"scratch-{keeps}-{number}"
+        try:
+            with monkeypatch.context() as patch:
+                kill_at_change(patch, number, folder)
+                pack(found, model, "killed", scratch=scratch)
+            break
+        except Killed:
+            path = folder / shards.MANIFEST
+            states.append(path.exists() and shards.read(folder, shards.MANIFEST).fingerprint)
+        again, _ = pack(found, model, "killed", scratch=scratch if keeps else None)
+        assert again.sets == whole.sets
+        assert not (folder / "parts").exists()
+    # The old ones, then none, then the new ones.
+    assert [state for state, _ in itertools.groupby(states)] == [
+        old.fingerprint,
+        False,
+        whole.fingerprint,
+    ]
+
+
+def test_the_same_rows_are_there_at_any_time(model, counted, monkeypatch):
     found, _ = counted
-    pack(found, model, "killed")
-    whole = packing.RowWriter.close
+    whole, _ = pack(found, model, "same")
+    mix = MixtureConfig(alpha=0.5)
+    for number in range(99):
+        try:
+            with monkeypatch.context() as patch:
+                kill_at_change(patch, number, whole.directory)
+                pack(found, model, "same", mix=mix)
+            break
+        except Killed:
+            read = shards.load(whole.directory, tokenizer=Tokenizer(model), sequence_length=T)
+            assert read.fingerprint == whole.fingerprint
+    assert number > 1
+    read = shards.load(whole.directory, tokenizer=Tokenizer(model), sequence_length=T)
+    assert read.sets == whole.sets and read.weights != whole.weights
+    # Damaged ones are no rows.
+    path = read.paths("dialogue.zh", "train")[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert pack(found, model, "same")[0].sets == whole.sets
 
-    def killed(writer):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(packing.RowWriter, "close", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pack(found, model, "killed")
-    with pytest.raises(ValueError, match=r"no manifest\.json"):
-        shards.load(f"{found.directory}/killed", tokenizer=None, sequence_length=T)
-    monkeypatch.setattr(packing.RowWriter, "close", whole)
-    assert pack(found, model, "killed")[0].sets == pack(found, model)[0].sets
+class Twice:
+    """A cluster that does each task twice, and takes what the one gives that comes through."""
+
+    def __init__(self, patch):
+        self._patch = patch
+
+    def run(self, name, items, first):
+        results = []
+        for item in items:
+            results += list(first(item))
+            with self._patch() as patch, contextlib.suppress(Killed):
+                patch.setattr(packing.RowWriter, "_close_file", killed)
+                list(first(item))
+        return results
+
+
+def killed(*arguments):
+    raise Killed
+
+
+def test_a_task_that_is_done_twice(model, counted, many_files, monkeypatch):
+    found, _ = counted
+    whole, _ = pack(found, model, "once")
+    twice, _ = pack(found, model, "twice", engine=Twice(monkeypatch.context))
+    assert twice.sets == whole.sets and not (twice.directory / "parts").exists()
+    for name in whole.sets:
+        for one, two in zip(whole.paths(name, "train"), twice.paths(name, "train"), strict=True):
+            assert one.read_bytes() == two.read_bytes()
+
+
+def test_rows_that_were_deleted_are_missed(model, counted):
+    found, _ = counted
+    manifest, _ = pack(found, model, "deleted", scratch="deleted-scratch")
+    manifest.directory.rmtree()
+    with pytest.raises(ValueError, match=r"00000 is missing: delete the scratch folder"):
+        pack(found, model, "deleted", scratch="deleted-scratch")
 
 
 def test_the_weights_of_the_mix(model, counted):
@@ -262,8 +377,17 @@ def test_the_weights_of_the_mix(model, counted):
     weights = Stream(manifest, "train", DataConfig(sequence_length=T)).weights
     ratio = weights["dialogue.en"] / weights["dialogue.zh"]
     assert ratio == pytest.approx(3 * (en / zh) ** 0.5)
-    with pytest.raises(ValueError, match=r"source_weights names poems"):
+    with pytest.raises(ValueError, match=r"source_weights.* names poems"):
         pack(found, model, "bad", mix=MixtureConfig(source_weights="poems=3"))
+
+
+def test_a_source_of_good_values_is_seen_more_often(texts, model, tmp_path):
+    some = [(text, f"s{n % 2}", "zh") for n, (text, _, _) in enumerate(texts[1:81])]
+    found, _ = tokenised(tmp_path, some, model)
+    plain, raised = (pack(found, model, factors=given)[0].weights for given in (None, {"s1": 3.0}))
+    ratio = raised["s1.zh"] / raised["s0.zh"]
+    assert ratio == pytest.approx(3 * plain["s1.zh"] / plain["s0.zh"])
+    assert sum(raised.values()) == pytest.approx(sum(plain.values()))
 
 
 def test_the_loader_is_measured(model, counted):
