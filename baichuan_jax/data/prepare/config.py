@@ -55,6 +55,15 @@ class PrepareConfig:
     tokens: TokensConfig = dataclasses.field(default_factory=TokensConfig)
 
 
+# The stages, in the order of the paper; `pack`, which has no settings of its own, is the last.
+STAGES = tuple(
+    field.name
+    for field in dataclasses.fields(PrepareConfig)
+    if dataclasses.is_dataclass(field.type)
+)
+OPTIONAL = tuple(name for name in STAGES if name not in ("ingest", "tokens"))
+
+
 def to_json(config: PrepareConfig) -> str:
     """The resolved config as it is written into the folder."""
     return json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)

@@ -30,6 +30,9 @@ class Funnel:
                 (key[0], key[1] or "und"): (n, size) for *key, n, size in counts["sets"]
             }
             self.dropped[name] = {reason: (n, size) for reason, n, size in counts["reasons"]}
+        # The first stage names languages; if it drops none, the raw corpus counts by its names.
+        if self.stages[1:2] == ["language"] and not self.dropped["language"]:
+            self.sets[self.stages[0]] = self.sets["language"]
 
     @property
     def raw(self) -> Size:

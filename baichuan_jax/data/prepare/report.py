@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from baichuan_jax.data.prepare import examples, plots
+from baichuan_jax.data.prepare.config import OPTIONAL
 from baichuan_jax.data.prepare.corpus import Corpus
 from baichuan_jax.data.prepare.funnel import By, Funnel, largest, paper_left, percent
 from baichuan_jax.data.prepare.markdown import Lines, code, heading, table
@@ -108,6 +109,7 @@ def _funnel(workdir: epath.Path, funnel: Funnel, by_language: By, unit: _Unit) -
         rows.append((stage, f"{number:,}", unit(size), share, removed, paper, paper_removed))
     rows[0] = ("raw", *rows[0][1:-2], "100.00", "")
     unchanged = [stage for stage in funnel.stages if stage not in shown]
+    absent = [stage for stage in OPTIONAL if stage not in funnel.stages]
     header = (
         "after stage", "documents", unit.name, "% left", "% removed",
         "paper, % left", "paper, % removed",
@@ -120,7 +122,8 @@ def _funnel(workdir: epath.Path, funnel: Funnel, by_language: By, unit: _Unit) -
         "",
         "Percent are of the raw text in UTF-8 bytes; the paper's Figure 2 does not tell its unit,"
         " and its heuristics stand beside `clean`."
-        + (f" Nothing was removed by: {', '.join(unchanged)}." if unchanged else ""),
+        + (f" Nothing was removed by: {', '.join(unchanged)}." if unchanged else "")
+        + (f" Left out, or without anything to go by: {', '.join(absent)}." if absent else ""),
     ]
 
 

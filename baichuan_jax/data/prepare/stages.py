@@ -29,7 +29,7 @@ from baichuan_jax.data.prepare import (
     spans,
     tokens,
 )
-from baichuan_jax.data.prepare.config import PrepareConfig
+from baichuan_jax.data.prepare.config import OPTIONAL, PrepareConfig
 from baichuan_jax.data.prepare.corpus import Corpus, whole
 from baichuan_jax.data.prepare.engine import Engine
 
@@ -159,12 +159,9 @@ def stamp(given: str) -> list[tuple[str, int, float]]:
 
 
 def _check(config: PrepareConfig) -> None:
-    known = [field.name for field in dataclasses.fields(PrepareConfig)]
-    optional = [name for name in known if dataclasses.is_dataclass(getattr(config, name))]
-    optional = [name for name in optional if name not in ("ingest", "tokens")]
     for name in sources.split(config.skip):
-        if name not in optional:
-            raise ValueError(f"config.skip: {name!r} is none of {', '.join(optional)}.")
+        if name not in OPTIONAL:
+            raise ValueError(f"config.skip: {name!r} is none of {', '.join(OPTIONAL)}.")
     if not sources.split(config.sources):
         raise ValueError("No text is named: set config.sources=NAME=PATH,…")
     names = {origin.source for origin in sources.origins(config.sources)}  # each is there
