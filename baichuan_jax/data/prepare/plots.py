@@ -94,12 +94,12 @@ def _short(name: str) -> str:
 def scores(path: epath.Path, survey: Survey) -> None:
     """A small histogram for each score: documents by language, in grey those dropped.
 
-    Scores that are the same for all documents are left out.
+    Scores that are the same for all documents but a thousandth on each side are left out.
     """
     varied = [
         (name, found)
         for name, found in survey.scores.items()
-        if found.quantile(0) < found.quantile(1)
+        if found.quantile(0.001) < found.quantile(0.999)
     ]
     columns = 4
     rows = max(1, math.ceil(len(varied) / columns))
