@@ -100,7 +100,8 @@ def run(
       ValueError: a file cannot be read; names it.
     """
     files = evaluation_sets.files(config.against)
-    path = corpus.attribute_path(stage, 0).with_name(f"index-{_digest(config, files)}.npz")
+    folder = epath.Path(corpus.directory) / "evaluation"
+    path = folder / f"{stage}-{_digest(config, files)}.npz"
     if not path.exists():
         _save(_build(config, files), path)
     shards = range(corpus.num_shards())

@@ -9,10 +9,10 @@
 A bucket only proposes and a chain of edges only gathers: what removes a document is its own
 similarity to the one that is kept. Documents without any token are never duplicates.
 
-Signatures lie beside the attribute tables, in `00000.signatures.npy` of each shard, 168 bytes a
-document. The connected components are found in one process, 2^31 documents at most, from a
-spanning forest of the edges: an edge at most for each document and worker. A component is settled
-by one worker, which holds 180 bytes for each of its documents.
+Signatures lie in `DIRECTORY/signatures/STAGE/00000.npy`, 168 bytes a document. The connected
+components are found in one process, 2^31 documents at most, from a spanning forest of the edges:
+an edge at most for each document and worker. A component is settled by one worker, which holds
+180 bytes for each of its documents.
 """
 
 import dataclasses
@@ -391,4 +391,4 @@ def _stored(corpus: Corpus, stage: str, shard: int) -> np.ndarray:
 
 
 def _signature_path(corpus: Corpus, stage: str, shard: int) -> epath.Path:
-    return corpus.attribute_path(stage, shard).with_suffix(".signatures.npy")
+    return epath.Path(corpus.directory) / "signatures" / stage / f"{shard:05d}.npy"

@@ -2,6 +2,7 @@
 
     WORKDIR/documents/           the corpus, as it came in        (corpus.py)
     WORKDIR/attributes/STAGE/    what a stage found out, row by row
+    WORKDIR/embeddings/, signatures/, evaluation/, models/    what some stages keep for themselves
     WORKDIR/stages/STAGE.json    its record: settings, time, what is left after it
     WORKDIR/rejects.jsonl        rows that could not be read
     WORKDIR/shards/              packed rows of tokens, and the weights of their mix
