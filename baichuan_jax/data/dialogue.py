@@ -8,7 +8,7 @@ them. A skill returns a question and its answer; a document is a conversation of
 import random
 from collections.abc import Callable, Iterator
 
-from baichuan_jax.data.sources import Document
+from baichuan_jax.data.document import Document
 
 _ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from baichuan_jax.data.dialogue import dialogue
-from baichuan_jax.data.sources import Document
+from baichuan_jax.data.document import Document
 
 DEFAULT_BYTES = 5_000_000
 MAX_CHARACTERS = 16_000  # of one document; a longer one is cut at a line's end

@@ -19,7 +19,8 @@ from absl import logging
 from etils import epath
 
 from baichuan_jax.config import DataConfig
-from baichuan_jax.data import readers, shards, sources
+from baichuan_jax.data import shards, sources
+from baichuan_jax.data.document import UNKNOWN_LANGUAGE, Document
 from baichuan_jax.data.shards import SPLITS, Manifest, Part, Tokenizer
 
 WINDOW_TOKENS = 1 << 23  # packed together; 32 MiB for each set and split
@@ -136,7 +137,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def set_name(source: str, language: str) -> str:
     """The set that a document belongs to."""
-    return source if language == readers.UNKNOWN_LANGUAGE else f"{source}.{language}"
+    return source if language == UNKNOWN_LANGUAGE else f"{source}.{language}"
 
 
 def text_hash(text: str) -> int:
@@ -193,12 +194,12 @@ def _resume(directory: epath.Path, inputs: dict[str, Any], replace: bool) -> Man
     return manifest
 
 
-def _split(document: sources.Document, config: DataConfig) -> str:
+def _split(document: Document, config: DataConfig) -> str:
     return "eval" if held_out(text_hash(document.text), config.eval_fraction) else "train"
 
 
 def _pack_source(
-    documents: Iterator[tuple[str, sources.Document]],
+    documents: Iterator[tuple[str, Document]],
     tokenizer: Tokenizer,
     manifest: Manifest,
     progress: Callable[[int, int, int], None],
@@ -229,8 +230,8 @@ def _pack_source(
 
 
 def _batches(
-    documents: Iterator[tuple[str, sources.Document]],
-) -> Iterator[list[tuple[str, sources.Document]]]:
+    documents: Iterator[tuple[str, Document]],
+) -> Iterator[list[tuple[str, Document]]]:
     batch, size = [], 0
     for split, document in documents:
         batch.append((split, document))

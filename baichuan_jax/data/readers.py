@@ -23,7 +23,9 @@ import tensorflow_datasets as tfds
 import zstandard
 from etils import epath
 
-UNKNOWN_LANGUAGE = "und"  # ISO 639's "undetermined"
+from baichuan_jax.data import embedded
+from baichuan_jax.data.document import UNKNOWN_LANGUAGE, Document
+
 ROW_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PROSE_ENDINGS = (".txt", ".md", ".rst", ".tex", ".html")
 CODE_ENDINGS = (".py", ".c", ".cc", ".cpp", ".h", ".java", ".js", ".ts", ".go", ".rs", ".sh")
@@ -34,15 +36,6 @@ TFDS = re.compile(r"tfds:(?P<name>[\w/.-]+(:\d+\.\d+\.\d+)?)(:(?P<split>.+))?")
 _BLOCK = 1 << 20  # bytes read at a time
 _ZSTD_BLOCK = 1 << 11  # a frame may hold 32,768 times its size: 64 MiB from this many
 _PREVIEW = 200  # bytes or characters of a bad row that are shown
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text, where it is from, and its language (`und` when nobody says)."""
-
-    text: str
-    source: str
-    language: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +126,6 @@ def read(
         dataset.
     """
     if match := EMBEDDED.fullmatch(origin.path):
-        from baichuan_jax.data import embedded  # it imports this file, for Document
-
         yield from enumerate(embedded.corpus(int(match["bytes"] or embedded.DEFAULT_BYTES)), 1)
         return
     for number, found in _rows(origin, options):

@@ -31,8 +31,9 @@ from collections.abc import Iterable, Iterator
 from absl import logging
 from etils import epath
 
-from baichuan_jax.data import readers
-from baichuan_jax.data.readers import EMBEDDED, ENDINGS, NAME, TFDS, Document, Options, Origin
+from baichuan_jax.data import embedded, readers
+from baichuan_jax.data.document import Document
+from baichuan_jax.data.readers import EMBEDDED, ENDINGS, NAME, TFDS, Options, Origin
 
 
 def split(sources: str | Iterable[str]) -> list[str]:
@@ -129,8 +130,6 @@ def stamp(sources: str | Iterable[str], tfds_data_dir: str = "") -> str:
     seen = []
     for source in split(sources):
         if EMBEDDED.fullmatch(source):
-            from baichuan_jax.data import embedded
-
             seen.append((source, embedded.stamp()))
             continue
         _, path = _name_and_path(source)
@@ -151,8 +150,6 @@ def expected_bytes(sources: str | Iterable[str]) -> int | None:
     total = 0
     for source in split(sources):
         if match := EMBEDDED.fullmatch(source):
-            from baichuan_jax.data import embedded
-
             total += int(match["bytes"] or embedded.DEFAULT_BYTES)
             continue
         _, path = _name_and_path(source)

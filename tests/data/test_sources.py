@@ -9,7 +9,8 @@ import tensorflow_datasets as tfds
 import zstandard
 
 from baichuan_jax.data import sources
-from baichuan_jax.data.sources import Document, documents
+from baichuan_jax.data.document import Document
+from baichuan_jax.data.sources import documents
 
 ROWS = [{"text": "hello\n世界", "lang": "zh"}, {"text": "no language"}, {"text": "", "lang": "en"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

@@ -26,10 +26,11 @@ from absl import logging
 from etils import epath
 
 from baichuan_jax.data import readers, sources
+from baichuan_jax.data.document import UNKNOWN_LANGUAGE, Document
 from baichuan_jax.data.prepare.corpus import DOCUMENT_SCHEMA, whole, write_parquet
 from baichuan_jax.data.prepare.engine import Block, Engine, Key, as_json, of_json
 from baichuan_jax.data.prepare.language import canonical
-from baichuan_jax.data.readers import BadRow, Document, Origin
+from baichuan_jax.data.readers import BadRow, Origin
 
 _BATCH_BYTES = 1 << 21  # of text held as Python's strings before they become Arrow's
 _COMPRESSED = (".gz", ".zst", ".parquet")  # to about a quarter
@@ -176,7 +177,7 @@ def _documents(
     counts.begin(origin)
     if not origin.is_file or epath.Path(origin.path).stat().length:
         for row, document in readers.read(origin, config.options, counts.bad, counts.language):
-            if document.language == readers.UNKNOWN_LANGUAGE and is_code:
+            if document.language == UNKNOWN_LANGUAGE and is_code:
                 document = dataclasses.replace(document, language="code")
             size = len(document.text.encode())
             counts.document(document, size)
@@ -264,8 +265,8 @@ class _Counts:
 
     def language(self, found: Any) -> str:
         """The language for which `found` stands, though it is no name."""
-        name = canonical(found.strip()) if isinstance(found, str) else readers.UNKNOWN_LANGUAGE
-        name = name if readers.NAME.fullmatch(name) else readers.UNKNOWN_LANGUAGE
+        name = canonical(found.strip()) if isinstance(found, str) else UNKNOWN_LANGUAGE
+        name = name if readers.NAME.fullmatch(name) else UNKNOWN_LANGUAGE
         label = (f"{found:.40}" if isinstance(found, str) else f"{found!r:.40}", name)
         if label not in self._languages and len(self._languages) >= _LABELS:
             label = ("others", name)

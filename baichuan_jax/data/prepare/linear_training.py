@@ -25,10 +25,10 @@ import pyarrow as pa
 from etils import epath
 
 from baichuan_jax.data import sources
+from baichuan_jax.data.document import Document
 from baichuan_jax.data.prepare import language, linear, text
 from baichuan_jax.data.prepare.language import LanguageConfig
 from baichuan_jax.data.prepare.linear import ANY, BITS, Linear
-from baichuan_jax.data.readers import Document
 
 DOCUMENTS = 1 << 15  # of each set; of more, a random sample
 CHARACTERS = 1 << 14  # of each document; of more, a random stretch
