@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from baichuan_jax import config as config_module
 from baichuan_jax.config import Config, from_json, to_json, validate
+from baichuan_jax.data.prepare.config import PrepareConfig
+from baichuan_jax.data.prepare.stages import stages
 
 RECIPES = sorted(
     path.stem for path in Path(__file__).parents[1].glob("configs/*.py") if path.stem != "__init__"
@@ -18,7 +21,12 @@ RECIPES = sorted(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_valid_and_says_how_to_run_it(recipe):
     module = importlib.import_module(f"configs.{recipe}")
-    validate(module.get_config())
+    config = module.get_config()
+    if isinstance(config, PrepareConfig):
+        config.sources = "embedded:"
+        assert stages(config, epath.Path("unused"))
+    else:
+        validate(config)
     for word in ("paper", "Command", "Hardware", "Expected"):
         assert word in module.__doc__
 
