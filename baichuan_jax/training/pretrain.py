@@ -82,8 +82,11 @@ def _find_rows(directory: epath.Path) -> tuple[epath.Path, bool]:
                 )
             return folder / "shards", True
     if not (directory / shards.MANIFEST).exists() and (directory / "shards").is_dir():
-        return directory / "shards", False
-    return directory, False
+        directory = directory / "shards"
+    if not (directory / shards.MANIFEST).exists():
+        return directory, False
+    # Prepared rows may have been moved from where they were made.
+    return directory, shards.read(directory, shards.MANIFEST).inputs.get("prepared", False)
 
 
 def checked_mesh(config: Config) -> jax.sharding.Mesh:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gzip
+import shutil
 
 import jax
 import numpy as np
@@ -236,6 +237,10 @@ def test_prepared_data_is_taken_as_it_is(config, prepared, tmp_path, monkeypatch
     with caplog.at_level(logging.INFO):
         pretrain(config, run)
     assert "config.data.sources is not read" in caplog.text
+    shutil.copytree(prepared / "shards", tmp_path / "moved")
+    config.data.shards = str(tmp_path / "moved")
+    pretrain(config, run)
+    assert list(given.pop()[0].weights) == ["chat.zh"]
     assert {p: p.read_bytes() for p in (prepared / "shards").rglob("*") if p.is_file()} == before
 
 

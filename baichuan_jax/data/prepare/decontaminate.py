@@ -77,9 +77,7 @@ class DecontaminateConfig:
                 raise ValueError(f"config.decontaminate.against={self.against}: {error}") from None
 
 
-def run(
-    corpus: Corpus, stage: str, engine: Engine, config: DecontaminateConfig, seed: int = 0
-) -> dict[str, Any]:
+def run(corpus: Corpus, stage: str, engine: Engine, config: DecontaminateConfig) -> dict[str, Any]:
     """Drops the documents that hold an item of the evaluation sets.
 
     It writes `reason`; `evaluation_items` (uint32: how many items the document holds); and
@@ -90,7 +88,6 @@ def run(
       stage: whose attributes are written.
       engine: does the work.
       config: see there.
-      seed: not used; nothing here is random.
 
     Returns:
       For the report, for each set: items; those that are long enough to be found; those seen in

@@ -77,9 +77,7 @@ class DocumentsConfig:
             )
 
 
-def run(
-    corpus: Corpus, stage: str, engine: Engine, config: DocumentsConfig, seed: int = 0
-) -> dict[str, Any]:
+def run(corpus: Corpus, stage: str, engine: Engine, config: DocumentsConfig) -> dict[str, Any]:
     """Writes the attributes of all documents.
 
     They are `reason`; `duplicate_of` (uint64), the id of the kept document, for removed ones;
@@ -91,7 +89,6 @@ def run(
       stage: the name of the attributes.
       engine: runs it.
       config: see there.
-      seed: not used; nothing here is drawn at random.
 
     Returns:
       candidates, edges: numbers of pairs of documents, checked and similar enough.

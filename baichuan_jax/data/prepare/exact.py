@@ -36,9 +36,7 @@ class ExactConfig:
             raise ValueError(f"config.exact.largest={self.largest} must be 0 or more.")
 
 
-def run(
-    corpus: Corpus, stage: str, engine: Engine, config: ExactConfig, seed: int = 0
-) -> dict[str, Any]:
+def run(corpus: Corpus, stage: str, engine: Engine, config: ExactConfig) -> dict[str, Any]:
     """Drops every document but the first, by its id, of those with the same bytes.
 
     It writes `reason`; `copies` (uint32, of kept documents: how many, itself included, it
@@ -49,7 +47,6 @@ def run(
       stage: whose attributes are written.
       engine: does the work.
       config: see there.
-      seed: not used; nothing here is random.
 
     Returns:
       For the report: the number of groups, and the largest ones by the kept document's id.

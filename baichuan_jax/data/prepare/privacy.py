@@ -8,6 +8,7 @@ hash, a path or an identifier is left alone. Documents of code are searched for 
 and card numbers only.
 """
 
+import abc
 import dataclasses
 import datetime
 import ipaddress
@@ -90,7 +91,7 @@ def _matches(texts: pa.StringArray, pattern: str) -> np.ndarray:
     return pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False)
 
 
-class _Kind:
+class _Kind(abc.ABC):
     """A kind of personal data: a pattern, for RE2 and Python both, and what is to hold besides."""
 
     pattern: str
@@ -102,8 +103,9 @@ class _Kind:
         # ASCII: a Chinese character is no part of a number beside it.
         self._expression = re.compile(f"{self.before}(?:{self.pattern}){self.after}", re.ASCII)
 
+    @abc.abstractmethod
     def valid(self, match: re.Match) -> bool:
-        raise NotImplementedError
+        """Whether a match of the pattern is such data."""
 
     def mask(self, texts: list[str], placeholder: str) -> tuple[list[str], list[int]]:
         """The texts, masked, and how often each of them was."""

@@ -78,9 +78,7 @@ class SpansConfig:
             raise ValueError(f"config.spans.max_loss={self.max_loss} must be in [0, 1].")
 
 
-def run(
-    corpus: Corpus, stage: str, engine: Engine, config: SpansConfig, seed: int = 0
-) -> dict[str, Any]:
+def run(corpus: Corpus, stage: str, engine: Engine, config: SpansConfig) -> dict[str, Any]:
     """Cuts paragraphs and sentences that an earlier document, by its id, has.
 
     It writes `text` (where something was cut); `reason`; and `repeated_share` (float32; null
@@ -92,7 +90,6 @@ def run(
       stage: whose attributes are written.
       engine: does the work.
       config: see there.
-      seed: not used; nothing here is random.
 
     Returns:
       For the report: characters in all, repeated, and cut; and the paragraphs that most

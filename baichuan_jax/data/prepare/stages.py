@@ -96,8 +96,8 @@ def stages(
         settings = getattr(config, name)
         add(
             name,
-            [settings, config.seed, *more],
-            lambda corpus, engine: module.run(corpus, name, engine, settings, config.seed),
+            [settings, *more],
+            lambda corpus, engine: module.run(corpus, name, engine, settings),
         )
 
     read = functools.partial(_ingest, config)
@@ -133,7 +133,8 @@ def stages(
     trained = [config.vocab_size, config.tokens.eval_fraction]
     settings = stamp(config.tokenizer) if config.tokenizer else trained
     add("tokens", settings, functools.partial(_tokens, config, workdir))
-    of_the_corpus("mixture", mixture)
+    drawing = functools.partial(_mixture, config)
+    add("mixture", [config.mixture, config.seed], drawing)
     settings = [config.tokens, config.mixture, config.safety.positive]
     add("pack", settings, functools.partial(_pack, config, workdir))
     return found
@@ -276,6 +277,10 @@ def _texts(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[str, str]]:
             text = text.as_py()
             if not packing.held_out(packing.text_hash(text), config.tokens.eval_fraction):
                 yield text, source.as_py()
+
+
+def _mixture(config: PrepareConfig, corpus: Corpus, engine: Engine) -> Report:
+    return mixture.run(corpus, "mixture", engine, config.mixture, config.seed)
 
 
 def _pack(config: PrepareConfig, workdir: epath.Path, corpus: Corpus, engine: Engine) -> Report:
