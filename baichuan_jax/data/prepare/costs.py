@@ -172,7 +172,7 @@ class _Stage:
             case "ingest":
                 ingest.run(directory, config.sources, settings, engine)
             case _ if stage in _OF_THE_CORPUS:
-                _OF_THE_CORPUS[stage](corpus, stage, engine, settings, config.seed)
+                _OF_THE_CORPUS[stage](corpus, stage, engine, settings)
             case "embed":
                 embed.run(corpus, stage, engine, config.clusters.dimensions, _COUNTED)
             case "tokens":
