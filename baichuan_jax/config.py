@@ -17,6 +17,9 @@ VOCAB_MULTIPLE = 128
 # What the backward pass finds saved beside each layer's input; it recomputes the rest.
 REMAT_POLICIES = ("none", "full", "attention", "matmuls")
 
+# Where a group of weights is held during a step (§2.7); optimizer state is over all devices.
+PLACEMENTS = ("replicated", "hierarchical", "full")
+
 # Mesh axes, slowest links first (§2.7); the batch is divided over the first two.
 BATCH_AXES = ("replica", "fsdp")
 TENSOR_AXIS = "tensor"
@@ -83,6 +86,22 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class ZeroConfig:
+    """Where bfloat16 weights are held during a step, by groups of them (§2.7; `parallel.zero`).
+
+    'replicated' on every device (ZeRO-1), 'hierarchical': divided over `fsdp` alone, or 'full':
+    over `replica` too (ZeRO-3). The layers that are in neither count below are hierarchical.
+    Master weights and AdamW's moments are divided over all devices whatever stands here.
+    """
+
+    replicated_layers: int = 0  # the first so many
+    full_layers: int = 0  # the last so many
+    embedding: str = "hierarchical"  # one of PLACEMENTS
+    head: str = "hierarchical"
+    gradient_dtype: str = "float32"  # in which micro-batches add up and devices reduce
+
+
+@dataclasses.dataclass
 class OptimizerConfig:
     """AdamW and its schedule (§2.6)."""
 
@@ -133,6 +152,7 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    zero: ZeroConfig = dataclasses.field(default_factory=ZeroConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
