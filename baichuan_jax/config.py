@@ -14,8 +14,15 @@ from etils import epath
 
 VOCAB_MULTIPLE = 128
 
-# What the backward pass finds saved beside each layer's input; it recomputes the rest.
-REMAT_POLICIES = ("none", "full", "attention", "matmuls")
+# The tensors of a layer that the backward pass can find saved; it recomputes the rest.
+ACTIVATIONS = ("input", "qkv", "attention", "attention_out", "gate_up")
+
+# Names for some of them. 'input' is always saved.
+REMAT_POLICIES = {
+    "full": (),
+    "attention": ("qkv", "attention"),
+    "matmuls": ("qkv", "attention", "attention_out", "gate_up"),
+}
 
 # Where a group of weights is held during a step (§2.7); optimizer state is over all devices.
 PLACEMENTS = ("replicated", "hierarchical", "full")
@@ -125,7 +132,9 @@ class TrainingConfig:
     compute_dtype: str = "bfloat16"
     max_z_weight: float = 2e-4  # Eq. 1
     loss_chunk: int = 2_048  # tokens whose logits exist at one time on a device
-    remat: str = "full"  # one of REMAT_POLICIES
+    # 'none': all activations are saved; one of REMAT_POLICIES; or names, 'qkv,gate_up'
+    remat: str = "full"
+    offload: str = ""  # those of the saved names, or 'input', that are kept in host memory
     seed: int = 0
     log_every: int = 10
     eval_every: int = 1_000
@@ -156,6 +165,18 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+def saved_names(remat: str) -> tuple[str, ...] | None:
+    """The tensors that `TrainingConfig.remat` saves beside a layer's input; None: all."""
+    if remat == "none":
+        return None
+    return REMAT_POLICIES[remat] if remat in REMAT_POLICIES else listed(remat)
+
+
+def listed(names: str) -> tuple[str, ...]:
+    """The names of a list that is separated by commas."""
+    return tuple(filter(None, names.split(",")))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -211,9 +232,33 @@ def validate(config: Config) -> None:
         f"config.training.compute_dtype={training.compute_dtype!r} must be 'bfloat16' or"
         " 'float32' (float16 overflows: Baichuan 2 was trained in bfloat16).",
     )
+    saved = saved_names(training.remat)
     _require(
-        training.remat in REMAT_POLICIES,
-        f"config.training.remat={training.remat!r} must be one of {REMAT_POLICIES}.",
+        set(saved or ()) <= set(ACTIVATIONS),
+        f"config.training.remat={training.remat!r} must be one of"
+        f" {('none', *REMAT_POLICIES)}, or some of {ACTIVATIONS} separated by commas.",
+    )
+    offload = listed(training.offload)
+    can = ("input", *(saved or ()))
+    _require(
+        not offload or (saved is not None and set(offload) <= set(can)),
+        f"config.training.offload={training.offload!r} must be some of"
+        f" {'input'!r} and what config.training.remat={training.remat!r} saves"
+        f" ({', '.join(can)}); with 'none' nothing is offloaded.",
+    )
+    for name in ("embedding", "head"):
+        value = getattr(config.zero, name)
+        _require(value in PLACEMENTS, f"config.zero.{name}={value!r} must be one of {PLACEMENTS}.")
+    counts = {n: getattr(config.zero, n) for n in ("replicated_layers", "full_layers")}
+    _require(
+        min(counts.values()) >= 0 and sum(counts.values()) <= model.num_layers,
+        " + ".join(f"config.zero.{name}={count}" for name, count in counts.items())
+        + f" must lie between 0 and config.model.num_layers={model.num_layers}.",
+    )
+    _require(
+        config.zero.gradient_dtype in ("bfloat16", "float32"),
+        f"config.zero.gradient_dtype={config.zero.gradient_dtype!r} must be 'bfloat16' or"
+        " 'float32'.",
     )
     _require(
         0 <= optimizer.warmup_steps < training.num_steps,

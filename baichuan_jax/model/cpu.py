@@ -65,9 +65,11 @@ def _has_accelerator_plugin() -> bool:
     return any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
 
 
-def _sharding(x: jax.Array) -> jax.sharding.Sharding | None:
+def _gradient_spec(x: jax.Array) -> jax.P | None:
+    """Where x is marked as reduced, its gradient has yet to be."""
     sharding = jax.typeof(x).sharding
-    return None if sharding.mesh.empty else sharding
+    spec = sharding.spec
+    return None if sharding.mesh.empty else jax.P(*spec.partitions, unreduced=spec.reduced)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -110,8 +112,10 @@ def _backward(equation, out_sharding, residuals, g):
     operands, y_axes = equation.split("->")
     x_axes, w_axes = operands.split(",")
     multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dx = multiply(f"{y_axes},{w_axes}->{x_axes}", g, w.astype(x.dtype), out_sharding=_sharding(x))
-    dw = multiply(f"{x_axes},{y_axes}->{w_axes}", x, g, out_sharding=_sharding(w))
+    dx = multiply(
+        f"{y_axes},{w_axes}->{x_axes}", g, w.astype(x.dtype), out_sharding=_gradient_spec(x)
+    )
+    dw = multiply(f"{x_axes},{y_axes}->{w_axes}", x, g, out_sharding=_gradient_spec(w))
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

@@ -12,7 +12,7 @@ Legend: B batch, T time, D model, F feed-forward, H heads, K head width, V vocab
 (padded), L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -21,7 +21,7 @@ from flax import nnx
 from jax import P
 from jax.ad_checkpoint import checkpoint_name
 
-from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, ModelConfig
+from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, ModelConfig, saved_names
 from baichuan_jax.model import cpu
 from baichuan_jax.model.attention import attention
 from baichuan_jax.model.position import alibi_slopes, rotate
@@ -29,12 +29,13 @@ from baichuan_jax.model.quantized import Quantized
 
 _ACTIVATION = P(BATCH_AXES, None, None)
 
-# The tensors that each of config.REMAT_POLICIES saves; 'none' saves all.
-_SAVED = {
-    "full": (),
-    "attention": ("qkv", "attention"),
-    "matmuls": ("qkv", "attention", "attention_out", "gate_up"),
-}
+# The same where a product begins that is split over `tensor`, whose gradient has to be summed
+# over it, and where one ends, which has to be summed itself.
+_GATHERED = P(BATCH_AXES, None, None, reduced={TENSOR_AXIS})
+_PARTIAL = P(BATCH_AXES, None, None, unreduced={TENSOR_AXIS})
+
+# The name of what a weight's `bring` gathers and wants kept for the backward pass.
+WEIGHTS = "weights"
 
 
 def place(x: jax.Array, spec: P) -> jax.Array:
@@ -42,7 +43,7 @@ def place(x: jax.Array, spec: P) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, spec)
 
 
-def einsum(equation: str, x: jax.Array, w: jax.Array, spec: P = _ACTIVATION) -> jax.Array:
+def einsum(equation: str, x: jax.Array, w: jax.Array, spec: P) -> jax.Array:
     """A contraction whose result is laid out as `spec` on the mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -61,7 +62,16 @@ def use(param: nnx.Param | Quantized, x: jax.Array) -> jax.Array:
     """The weight as it meets `x`, in x's dtype: cast first, then gathered."""
     if isinstance(param, Quantized):
         return param.dequantize(x.dtype, after=x)
+    if bring := param.get_metadata().get("bring"):  # see `parallel.zero`
+        return bring(param[...], x.dtype)
     return place(param[...].astype(x.dtype), param.spec)
+
+
+def between(x_BTD: jax.Array) -> P:
+    """How activations lie between matrix products: in time over `tensor`, where it divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    over = not mesh.empty and x_BTD.shape[1] % mesh.shape[TENSOR_AXIS] == 0
+    return P(BATCH_AXES, TENSOR_AXIS if over else None, None)
 
 
 class Memory(Protocol):
@@ -105,6 +115,8 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, positions_BT, segments_BT, memory: Memory | None = None):
         """Attends within `x_BTD`, or to `memory` and `x_BTD`. Returns the memory with both, too."""
         by_head = P(BATCH_AXES, None, None, TENSOR_AXIS, None)
+        rows = between(x_BTD)
+        x_BTD = place(x_BTD, _GATHERED)
         qkv = einsum("btd,dchk->btchk", x_BTD, use(self.qkv, x_BTD), by_head)
         qkv = checkpoint_name(qkv, "qkv")
         q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
@@ -120,7 +132,7 @@ class Attention(nnx.Module):
         else:
             y, memory = memory.attend(q, k, v, positions_BT, slopes)
         y = checkpoint_name(y, "attention")
-        y = einsum("bthk,hkd->btd", y, use(self.out, y))
+        y = place(einsum("bthk,hkd->btd", y, use(self.out, y), _PARTIAL), rows)
         return checkpoint_name(y, "attention_out"), memory
 
 
@@ -136,11 +148,13 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         split = P(BATCH_AXES, None, None, TENSOR_AXIS)
+        rows = between(x_BTD)
+        x_BTD = place(x_BTD, _GATHERED)
         h = einsum("btd,dcf->btcf", x_BTD, use(self.gate_up, x_BTD), split)
         h = checkpoint_name(h, "gate_up")
         gate, up = (x[:, :, 0] for x in jnp.split(h, 2, axis=2))
         h = jax.nn.silu(gate) * up
-        return einsum("btf,fd->btd", h, use(self.down, h))
+        return place(einsum("btf,fd->btd", h, use(self.down, h), _PARTIAL), rows)
 
 
 class Block(nnx.Module):
@@ -159,11 +173,50 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), memory
 
 
+def _rows(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return table_VD[tokens_BT]
+    return table_VD.at[tokens_BT].get(out_sharding=P(BATCH_AXES, None, TENSOR_AXIS))
+
+
+_look_up = jax.custom_vjp(_rows)
+
+
+def _look_up_backward(residuals, gradient_BTD):
+    """A token's gradients add up in float32, whatever the table's dtype."""
+    table_VD, tokens_BT = residuals
+    like = jax.ShapeDtypeStruct(table_VD.shape, jnp.float32, sharding=jax.typeof(table_VD).sharding)
+    add_up = jax.linear_transpose(lambda table: _rows(table, tokens_BT), like)
+    return add_up(gradient_BTD.astype(jnp.float32))[0].astype(table_VD.dtype), None
+
+
+_look_up.defvjp(lambda table, tokens: (_rows(table, tokens), (table, tokens)), _look_up_backward)
+
+
 def norm_head(head_VD: jax.Array) -> jax.Array:
     """NormHead (§2.5): each row of the head at length one. The stored weight stays raw."""
     # The maximum is inside: a root has no gradient at 0, where rows that only pad may be.
     square = jnp.sum(head_VD * head_VD, axis=-1, keepdims=True)
     return head_VD / jnp.sqrt(jnp.maximum(square, 1e-24))
+
+
+def _policy(saved: Sequence[str] | None, offload: Sequence[str]) -> Callable:
+    """What the backward pass finds of a layer: all that is not gathered, or what has these names.
+
+    Gathered weights and activations are the exception, unless they are named.
+    """
+    if saved is None:
+        return lambda primitive, *_, **__: primitive.name != "reshard"
+    policies = jax.checkpoint_policies
+    device = [name for name in (*saved, WEIGHTS) if name not in offload]
+    if not offload:
+        return policies.save_only_these_names(*device)
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=device,
+        names_which_can_be_offloaded=list(offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 class Transformer(nnx.Module):
@@ -182,12 +235,9 @@ class Transformer(nnx.Module):
         self.vocab_size, self.norm_head = config.vocab_size, config.norm_head
 
     def embed(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Rows of the embedding. Looked up as stored, so that gradients add up in float32."""
-        table = place(self.embedding[...], self.embedding.spec)
-        if jax.sharding.get_abstract_mesh().empty:
-            return table[tokens_BT].astype(dtype)
-        rows = table.at[tokens_BT].get(out_sharding=P(BATCH_AXES, None, TENSOR_AXIS))
-        return place(rows.astype(dtype), _ACTIVATION)
+        """Rows of the embedding, [B, T, D] in `dtype`."""
+        rows_BTD = _look_up(use(self.embedding, jnp.zeros((), dtype)), tokens_BT)
+        return place(rows_BTD, between(rows_BTD))
 
     def __call__(
         self,
@@ -197,6 +247,7 @@ class Transformer(nnx.Module):
         *,
         dtype: jnp.dtype = jnp.bfloat16,
         remat: str = "none",
+        offload: Sequence[str] = (),
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in `dtype`.
 
@@ -205,18 +256,21 @@ class Transformer(nnx.Module):
           positions_BT: int32 positions, restarting in each document of a packed row.
           segments_BT: int32 documents of a row, 0 for padding; none sees another.
           dtype: of the computation; weights are cast to it where they are used.
-          remat: one of config.REMAT_POLICIES.
+          remat: see config.TrainingConfig.
+          offload: those of the saved names that are kept in the host's memory.
         """
 
         def body(x, layer):
+            x = checkpoint_name(x, "input")
             return layer(x, positions_BT, segments_BT)[0], None
 
-        if remat != "none":
-            save = jax.checkpoint_policies.save_only_these_names(*_SAVED[remat])
-            body = jax.checkpoint(body, policy=save)
+        # Inside a scan nothing merges the recomputation with the forward pass, and the barrier that
+        # would prevent it ties gathers to the layer that they are for.
+        body = jax.checkpoint(body, policy=_policy(saved_names(remat), offload), prevent_cse=False)
         x = self.embed(tokens_BT, dtype)
-        num_layers = self.layers.mlp_norm.gain.shape[0]
-        x, _ = jax.lax.scan(body, x, self.layers, unroll=cpu.unroll(num_layers))
+        for layers in (self.layers,) if isinstance(self.layers, Block) else self.layers:
+            num_layers = layers.mlp_norm.gain.shape[0]
+            x, _ = jax.lax.scan(body, x, layers, unroll=cpu.unroll(num_layers))
         return self.norm(x)
 
     def extend(
@@ -234,19 +288,22 @@ class Transformer(nnx.Module):
             new.append(memory)
         return self.norm(x), tuple(new)
 
+    def output_table(self, x_BTD: jax.Array) -> jax.Array:
+        """The head [V, D] as it meets hidden states: normalised, in their dtype."""
+        head = self.head
+        if self.norm_head:
+            head = head.replace(norm_head(head[...]))
+        return use(head, x_BTD)
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of hidden states; padding rows of the table are -inf."""
-        head_VD = self.head[...]
-        if self.norm_head:
-            head_VD = norm_head(head_VD)
-        head_VD = place(head_VD.astype(x_BTD.dtype), self.head.spec)
         split = None
         if not jax.sharding.get_abstract_mesh().empty:
             split = P(BATCH_AXES, None, TENSOR_AXIS)
         z = jnp.einsum(
             "btd,vd->btv",
-            x_BTD,
-            head_VD,
+            place(x_BTD, _ACTIVATION),
+            self.output_table(x_BTD),
             preferred_element_type=jnp.float32,
             out_sharding=split,
         )

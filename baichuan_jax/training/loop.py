@@ -8,7 +8,6 @@ bit as if it had not been.
 import collections
 import contextlib
 import dataclasses
-import functools
 import signal
 import threading
 import time
@@ -76,16 +75,7 @@ def train(
     workdir, training = epath.Path(workdir).expanduser(), config.training
     tx = optimizer.adamw(config.optimizer, training.num_steps)
     rows = NamedSharding(mesh, P(BATCH_AXES, None))
-    run_step = jax.jit(
-        functools.partial(
-            step_module.train_step,
-            loss=loss,
-            tx=tx,
-            clip_norm=config.optimizer.clip_norm,
-            micro_batches=training.micro_batches,
-        ),
-        donate_argnums=0,
-    )
+    run_step = step_module.compiled_step(config, loss, tx)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         stop_requested = enter(_sigterm())  # until the last save is complete

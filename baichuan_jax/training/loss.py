@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import P
 
 from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS
-from baichuan_jax.model.transformer import norm_head, place
+from baichuan_jax.model.transformer import place
 
 
 def next_token_loss(
@@ -27,7 +27,6 @@ def next_token_loss(
     mask_BT: jax.Array,
     *,
     vocab_size: int,
-    use_norm_head: bool,
     max_z_weight: float,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -35,7 +34,8 @@ def next_token_loss(
 
     Args:
       hidden_BTD: states after the final norm, in the compute dtype.
-      head_VD: the stored float32 head; normalised here when `use_norm_head`.
+      head_VD: the head as `Transformer.output_table` gives it, in the same dtype. Where it is
+        marked as reduced over the axes of the batch, its gradient is left for others to reduce.
       targets_BT: int32 ids of the tokens to predict.
       mask_BT: bool, which of them count; the others touch neither loss nor gradient.
       vocab_size: rows of the head beyond it are padding and are never predicted.
@@ -46,9 +46,7 @@ def next_token_loss(
       them of `cross_entropy` (nats), `max_z` (the weighted term) and `correct` (argmax
       hits). Only the loss can be differentiated.
     """
-    if use_norm_head:
-        head_VD = norm_head(head_VD)
-    head_VD = place(head_VD.astype(hidden_BTD.dtype), P(TENSOR_AXIS, None))
+    hidden_BTD = place(hidden_BTD, P(BATCH_AXES, None, None))
     settings = (vocab_size, max_z_weight, chunk)
     loss, sums = _chunked_loss(settings, hidden_BTD, head_VD, targets_BT, mask_BT)
     count = jnp.sum(mask_BT, dtype=jnp.float32)
@@ -61,7 +59,10 @@ def _on_mesh(kernel, settings, *arguments):
     options = {"vocab_size": vocab_size, "max_z_weight": max_z_weight, "chunk": chunk}
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(*arguments, tensor=(), batch=(), **options)
-    gradients = (P(BATCH_AXES, None, None), P(TENSOR_AXIS, None))
+    later = jax.typeof(arguments[1]).sharding.spec.reduced
+    if kernel is _sums_and_gradients:
+        options["reduce"] = tuple(axis for axis in BATCH_AXES if axis not in later)
+    gradients = (P(BATCH_AXES, None, None), P(TENSOR_AXIS, None, unreduced=later))
     return jax.shard_map(
         functools.partial(kernel, tensor=(TENSOR_AXIS,), batch=BATCH_AXES, **options),
         out_specs=(P(), P(), *(() if kernel is _sums else gradients)),
@@ -86,6 +87,8 @@ def _chunked_loss_backward(settings, residuals, cotangents):
     d_hidden, d_head, like_head = residuals
     d_loss = cotangents[0]
     d_hidden = (d_loss * d_hidden).astype(d_hidden.dtype)
+    # What has yet to be reduced is only multiplied with what is the same on those devices.
+    d_loss = place(d_loss, P(reduced=jax.typeof(d_head).sharding.spec.unreduced))
     return d_hidden, (d_loss * d_head).astype(like_head.dtype), None, None
 
 
@@ -143,9 +146,12 @@ def _sums(hidden, head_VD, targets, mask, *, tensor, batch, vocab_size, max_z_we
 
 
 def _sums_and_gradients(
-    hidden_BTD, head_VD, targets, mask, *, tensor, batch, vocab_size, max_z_weight, chunk
+    hidden_BTD, head_VD, targets, mask, *, tensor, batch, reduce=(), vocab_size, max_z_weight, chunk
 ):
-    """The same sums with the gradients of their total by hidden states and head."""
+    """The same sums with the gradients of their total by hidden states and head.
+
+    That by the head is summed over the axes `reduce`.
+    """
     multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def body(carry, inputs):
@@ -169,4 +175,4 @@ def _sums_and_gradients(
     loss, sums = _total(sums, batch)
     B, T, D = hidden_BTD.shape
     d_hidden_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, D)[:, :T]
-    return loss, sums, d_hidden_BTD, jax.lax.psum(d_head_VD, batch)
+    return loss, sums, d_hidden_BTD, jax.lax.psum(d_head_VD, reduce)

@@ -18,26 +18,9 @@ from absl import logging
 from etils import epath
 
 from baichuan_jax.config import ModelConfig
+from baichuan_jax.parallel import chips
 
 _PART_SECONDS = 60  # between two parts of the metrics on an object store
-
-# Dense bfloat16 peak in TFLOP/s by `device_kind`: of a GPU, and of one core of a TPU, for a
-# TPU's device is one core or, on v4 and v5p, usually a chip of two.
-_PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA A100-PCIE-40GB": 312,
-    "NVIDIA A100 80GB PCIe": 312,
-    "NVIDIA A800-SXM4-80GB": 312,
-    "NVIDIA A800 80GB PCIe": 312,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H200": 989,
-    "TPU v4": 275 / 2,
-    "TPU v5 lite": 197,
-    "TPU v5": 459 / 2,
-    "TPU v6 lite": 918,
-    "TPU7x": 2307 / 2,
-}
 
 
 def quiet_logs() -> None:
@@ -172,10 +155,13 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 peak of a device in FLOP/s, None where it is not known."""
-    peak = _PEAK_TFLOPS.get(device.device_kind)
+    """Dense bfloat16 peak of a device in FLOP/s, None where it is not known.
+
+    A TPU's device is one core or, on v4 and v5p, usually a chip of two.
+    """
+    chip = chips.of_kind(device.device_kind)
     cores = getattr(device, "num_cores", None) if device.platform == "tpu" else 1
-    return None if peak is None or cores is None else peak * 1e12 * cores
+    return None if chip is None or cores is None else chip.flops / chip.cores * cores
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, devices: list) -> float | None:

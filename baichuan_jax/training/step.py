@@ -6,6 +6,7 @@ number of tokens in each.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jax import P
 from jax.sharding import NamedSharding
 
-from baichuan_jax.config import Config, ModelConfig, TrainingConfig
+from baichuan_jax.config import Config, ModelConfig, TrainingConfig, listed
 from baichuan_jax.model.transformer import Transformer
 from baichuan_jax.parallel import zero
 from baichuan_jax.training import optimizer
@@ -45,14 +46,14 @@ def pretraining_loss(model: ModelConfig, training: TrainingConfig) -> Loss:
             batch["segments_BT"],
             dtype=jnp.dtype(training.compute_dtype),
             remat=training.remat,
+            offload=listed(training.offload),
         )
         return next_token_loss(
             hidden_BTD,
-            module.head[...],
+            module.output_table(hidden_BTD),
             batch["targets_BT"],
             batch["mask_BT"],
             vocab_size=model.vocab_size,
-            use_norm_head=model.norm_head,
             max_z_weight=training.max_z_weight,
             chunk=training.loss_chunk,
         )
@@ -104,38 +105,48 @@ def abstract_state(
     return jax.tree.map(concrete, state)
 
 
-def gradients(loss: Loss, model: nnx.Module, batch: Batch, micro_batches: int = 1):
+def gradients(
+    loss: Loss,
+    model: nnx.Module,
+    batch: Batch,
+    micro_batches: int = 1,
+    placement: zero.Placement | None = None,
+):
     """Gradients of the loss per token over the batch, and the sums beside them.
 
     Args:
       batch: arrays [rows, …]. With several micro-batches each device takes every so many-th
         of its own rows at a time, so that no row moves.
+      placement: where weights are held during the step; None: where they are stored.
 
     Returns:
       (gradients, count, sums), with `loss` among the sums.
     """
 
     def one(batch):
-        def scalar(model):
-            total, count, sums = loss(model, batch)
+        def scalar(held):
+            total, count, sums = loss(held, batch)
             return total, (count, {"loss": total, **sums})
 
-        (_, (count, sums)), grads = jax.value_and_grad(scalar, has_aux=True)(model)
+        (_, (count, sums)), grads = jax.value_and_grad(scalar, has_aux=True)(held)
         return grads, count, sums
 
-    def add(carry, batch):
-        return jax.tree.map(jnp.add, carry, one(batch)), None
+    def empty(x):
+        dtype = placement.sum_dtype(x) if placement else x.dtype
+        return jnp.zeros(x.shape, dtype, device=x.sharding)
 
+    def add(carry, batch):
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, one(batch)), None
+
+    held, release = placement.hold(model, micro_batches) if placement else (model, lambda g: g)
     if micro_batches == 1:
         grads, count, sums = one(batch)
     else:
         stacked = {name: _split_rows(x, micro_batches) for name, x in batch.items()}
-        _, *scalars = jax.eval_shape(one, {name: x[0] for name, x in stacked.items()})
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), scalars)
-        start = (jax.tree.map(jnp.zeros_like, model), *zeros)
-        (grads, count, sums), _ = jax.lax.scan(add, start, stacked)
+        like = jax.eval_shape(lambda stacked: one({k: x[0] for k, x in stacked.items()}), stacked)
+        (grads, count, sums), _ = jax.lax.scan(add, jax.tree.map(empty, like), stacked)
     per_token = 1 / jnp.maximum(count, 1)
-    return jax.tree.map(lambda g: g * per_token, grads), count, sums
+    return jax.tree.map(lambda g: g * per_token, release(grads)), count, sums
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:
@@ -157,6 +168,7 @@ def train_step(
     tx: optax.GradientTransformation,
     clip_norm: float,
     micro_batches: int = 1,
+    placement: zero.Placement | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One AdamW update. A step whose loss or gradient is not finite changes no weight.
 
@@ -169,7 +181,7 @@ def train_step(
       The new state and the metrics: sums over tokens as the loss names them, `tokens`,
       `gradient_norm` before clipping, and `squared_norms` by parameter and layer.
     """
-    grads, count, sums = gradients(loss, state.model, batch, micro_batches)
+    grads, count, sums = gradients(loss, state.model, batch, micro_batches, placement)
     squares = optimizer.squared_norms(grads)
     norm = jnp.sqrt(sum(jnp.sum(square) for square in squares.values()))
     good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"]) & (number == state.step + 1)
@@ -180,6 +192,23 @@ def train_step(
     state = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
     metrics = {**sums, "tokens": count, "gradient_norm": norm, "squared_norms": squares}
     return state, metrics
+
+
+def compiled_step(config: Config, loss: Loss, tx: optax.GradientTransformation) -> Callable:
+    """`train_step` of a config, jitted: (state, number, batch) -> (state, metrics).
+
+    The state that it is given is gone afterwards.
+    """
+    training = config.training
+    step = functools.partial(
+        train_step,
+        loss=loss,
+        tx=tx,
+        clip_norm=config.optimizer.clip_norm,
+        micro_batches=training.micro_batches,
+        placement=zero.Placement(config.zero, jnp.dtype(training.compute_dtype)),
+    )
+    return jax.jit(step, donate_argnums=0)
 
 
 def first_nonfinite(loss: Loss, model: nnx.Module, batch: Batch, micro_batches: int = 1) -> str:

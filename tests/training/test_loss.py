@@ -10,6 +10,7 @@ from jax import P
 from jax.sharding import NamedSharding
 
 from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, MeshConfig
+from baichuan_jax.model.transformer import norm_head
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.training.loss import next_token_loss
 
@@ -37,10 +38,10 @@ def plain(hidden, head, targets, mask, norm, max_z_weight):
 
 
 def ours(hidden, head, targets, mask, norm, max_z_weight, chunk):
+    head = norm_head(head) if norm else head
     return next_token_loss(
-        *(hidden, head, targets, mask),
+        *(hidden, head.astype(hidden.dtype), targets, mask),
         vocab_size=V,
-        use_norm_head=norm,
         max_z_weight=max_z_weight,
         chunk=chunk,
     )
@@ -130,9 +131,8 @@ def test_no_buffer_holds_all_logits():
 
     def scalar(hidden, head, targets, mask):
         return next_token_loss(
-            *(hidden, head, targets, mask),
+            *(hidden, norm_head(head), targets, mask),
             vocab_size=vocab,
-            use_norm_head=True,
             max_z_weight=2e-4,
             chunk=chunk,
         )[0]

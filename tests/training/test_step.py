@@ -57,8 +57,8 @@ def run(config, shape=(1, 1, 1), micro_batches=1, steps=20, edit=None):
     if edit:
         edit(state.model)
     loss = step.pretraining_loss(config.model, config.training)
-    options = {"loss": loss, "tx": tx, "clip_norm": 0.5, "micro_batches": micro_batches}
-    train = jax.jit(functools.partial(step.train_step, **options), donate_argnums=0)
+    config.training.micro_batches = micro_batches
+    train = step.compiled_step(config, loss, tx)
     sharding = NamedSharding(mesh, P(BATCH_AXES, None))
     losses = []
     with jax.set_mesh(mesh):
@@ -103,7 +103,7 @@ def test_state_is_stored_where_it_is_said_to_be():
         assert (have.shape, have.dtype) == (said.shape, said.dtype)
         assert have.sharding.is_equivalent_to(said.sharding, have.ndim)
     qkv = state.opt_state[0].mu.layers.attention.qkv[...]
-    assert qkv.sharding.spec == P(None, "fsdp", None, "tensor", None)
+    assert qkv.sharding.spec == P(None, ("fsdp", "replica"), None, "tensor", None)
 
 
 def test_initial_weights_are_the_same_on_every_mesh():
