@@ -4,9 +4,9 @@
     '--config.data.sources=zh=/data/zh/*.jsonl.gz,en=/data/en' \
     --config.data.tokenizer=/data/tokenizer.model
 
-Run again with the same --workdir, it goes on from where it was. On several hosts, start
-the same command on each with --coordinator=auto (TPU pods, Slurm) or with --coordinator,
---num_processes and --process_id.
+Run again with the same --workdir, it goes on from where it was. On several hosts,
+experiments/launch/ has scripts for TPU VMs, GKE and Slurm; elsewhere start the same command on
+each with --coordinator=auto, or with --coordinator, --num_processes and --process_id.
 """
 
 import jax
@@ -14,6 +14,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from baichuan_jax.model import cpu
+from baichuan_jax.parallel.flags import prepare_process
 from baichuan_jax.parallel.mesh import start_processes
 from baichuan_jax.training.metrics import plot, quiet_logs
 from baichuan_jax.training.pretrain import pretrain
@@ -31,6 +32,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(_):
     quiet_logs()
     cpu.keep_memory()
+    prepare_process()
     start_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     pretrain(_CONFIG.value, _WORKDIR.value)
     if jax.process_index() == 0:

@@ -12,7 +12,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+SAVED = "attention"  # the name of what the backward pass can find saved
 BLOCK = 512  # queries or keys whose logits exist at one time
 _MASKED = -1e30  # finite, so that a row that sees nothing gives zeros and not NaN
 
@@ -186,6 +188,8 @@ def _flash_forward(blocks, q, k, v, q_where, k_where, slopes_H):
 
     empty = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:3], jnp.float32))
     out, lse = _loop(0, q_count, rows, empty)
+    # Both, or the backward pass of a rematerialised layer would attend once more.
+    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return out, (q, k, v, q_where, k_where, slopes_H, out, lse)
 
 

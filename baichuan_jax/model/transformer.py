@@ -131,7 +131,6 @@ class Attention(nnx.Module):
             y = attention(q, k, v, *at, slopes)
         else:
             y, memory = memory.attend(q, k, v, positions_BT, slopes)
-        y = checkpoint_name(y, "attention")
         y = place(einsum("bthk,hkd->btd", y, use(self.out, y), _PARTIAL), rows)
         return checkpoint_name(y, "attention_out"), memory
 

@@ -120,7 +120,7 @@ class Route:
         return _bring(w, self, jnp.dtype(dtype), w.dtype)
 
     def back(self, gradient: jax.Array) -> jax.Array:
-        """Reduces a gradient, of a layer or of a stack, stage by stage to where the weight is held."""
+        """Reduces a gradient, of a layer or of a stack of them, to where the weight is held."""
         gradient = gradient.astype(self.gradient_dtype)
         for spec in reversed(self.stages[:-1]):
             stack = [None] * (gradient.ndim - len(spec.partitions))

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from baichuan_jax.config import BATCH_AXES, Config, to_json
 from baichuan_jax.data.stream import Stream, difference, prefetch
+from baichuan_jax.parallel import flags
 from baichuan_jax.training import metrics, optimizer
 from baichuan_jax.training import step as step_module
 from baichuan_jax.training.checkpoint import CheckpointError, Checkpoints, restore_model
@@ -75,7 +76,10 @@ def train(
     workdir, training = epath.Path(workdir).expanduser(), config.training
     tx = optimizer.adamw(config.optimizer, training.num_steps)
     rows = NamedSharding(mesh, P(BATCH_AXES, None))
-    run_step = step_module.compiled_step(config, loss, tx)
+    choice = flags.for_training(mesh)
+    for line in choice.lines():
+        logging.info("Compiler: %s.", line)
+    run_step = step_module.compiled_step(config, loss, tx, choice.options)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         stop_requested = enter(_sigterm())  # until the last save is complete

@@ -194,10 +194,18 @@ def train_step(
     return state, metrics
 
 
-def compiled_step(config: Config, loss: Loss, tx: optax.GradientTransformation) -> Callable:
+def compiled_step(
+    config: Config,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    compiler_options: dict[str, bool | int] | None = None,
+) -> Callable:
     """`train_step` of a config, jitted: (state, number, batch) -> (state, metrics).
 
     The state that it is given is gone afterwards.
+
+    Args:
+      compiler_options: see `parallel.flags`.
     """
     training = config.training
     step = functools.partial(
@@ -208,7 +216,7 @@ def compiled_step(config: Config, loss: Loss, tx: optax.GradientTransformation) 
         micro_batches=training.micro_batches,
         placement=zero.Placement(config.zero, jnp.dtype(training.compute_dtype)),
     )
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options or None)
 
 
 def first_nonfinite(loss: Loss, model: nnx.Module, batch: Batch, micro_batches: int = 1) -> str:

@@ -1,0 +1,163 @@
+"""The compiler flags of training, per platform: all of them, in this one place.
+
+They go with the training step as its compiler options, not with the process: other programs
+(decoding, evaluation) keep XLA's defaults, and an unknown one can be found out before it does harm,
+while in XLA_FLAGS it would abort the process. What a user sets in XLA_FLAGS or LIBTPU_INIT_ARGS
+stands.
+
+NVIDIA, by the share of collective bytes that overlap a matrix product in the compiled step of the
+13B (`experiments/LOG.md`), on eight H200: XLA's defaults 55 %; with pipelining 75 %; besides,
+with more than one collective under way and no barrier in the layers' checkpoint
+(`prevent_cse=False`) 95 %. On 1,024 H100 93 %; on 1,024 A800 67 %, and 98 % with the cost model
+that XLA has for GPUs before Hopper. Left out because it was worse: thresholds of 1 GB for combining
+collectives (58 %: a layer's gathers become one, which nothing of that layer can hide), unrolling
+the loop over layers (82 %), double buffering of it (1 GiB for 1 %), and
+`jax_optimization_level=O1`, which aborts in jaxlib 0.10.2 on loops inside a layer.
+
+TPU: the sets of MaxText that concern gathers and scatters in the layers' loop. They compile on
+every generation and have not been timed by this project.
+
+Before JAX starts, `prepare_process` sets what can only be set then.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
+
+import jax
+from absl import logging
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from baichuan_jax.parallel.chips import GPU_MEMORY_FRACTION
+
+Value = bool | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of XLA or libtpu, and what it is for."""
+
+    name: str
+    value: Value
+    why: str
+
+
+_GPU = (
+    Flag("xla_gpu_enable_latency_hiding_scheduler", True, "starts collectives early, ends late"),
+    Flag("xla_gpu_enable_pipelined_all_gather", True, "a layer's gathers run in the layer before"),
+    Flag("xla_gpu_enable_pipelined_reduce_scatter", True, "its scatters in the layer after"),
+    Flag("xla_gpu_enable_pipelined_all_reduce", True, "the same where gradients are not divided"),
+    Flag(
+        *("xla_gpu_experimental_parallel_collective_overlap_limit", 8),
+        "a collective may start before the one before it has ended",
+    ),
+)
+_TPU = (
+    Flag("xla_tpu_enable_async_collective_fusion", True, "gathers run in steps beside products"),
+    Flag("xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, "those of weights, too"),
+    Flag("xla_tpu_enable_async_collective_fusion_multiple_steps", True, "over several products"),
+    Flag("xla_tpu_overlap_compute_collective_tc", True, "products and collectives share the core"),
+    Flag("xla_enable_async_all_gather", True, "gathers have a start and an end"),
+    Flag("xla_tpu_enable_data_parallel_all_reduce_opt", True, "gradients reduce as they arise"),
+    Flag("xla_tpu_data_parallel_opt_different_sized_ops", True, "of whatever size they are"),
+    Flag("xla_tpu_use_minor_sharding_for_major_trivial_input", True, "layouts that scatter fast"),
+    Flag("xla_tpu_relayout_group_size_threshold_for_reduce_scatter", 1, "for groups of any size"),
+    Flag("xla_tpu_assign_all_reduce_scatter_layout", True, "scatters choose the layout"),
+    Flag(
+        *("xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000),
+        "gathers stay whole instead of becoming many small steps inside a product",
+    ),
+)
+# Hopper and Blackwell have a better one, which is the default.
+_AMPERE = Flag("xla_gpu_enable_analytical_latency_estimator", True, "a cost model of this GPU")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is used of the flags for a device.
+
+    Attributes:
+      flags: what to compile with.
+      users: names that the user has set.
+      unknown: names that this compiler does not have.
+    """
+
+    flags: tuple[Flag, ...] = ()
+    users: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Value]:
+        """For `jax.jit(compiler_options=…)`."""
+        return {flag.name: flag.value for flag in self.flags}
+
+    def lines(self) -> list[str]:
+        """To print: what is set and why, and what was left out."""
+        return [
+            *(f"{flag.name}={flag.value}: {flag.why}" for flag in self.flags),
+            *(f"{name}: as you set it" for name in self.users),
+            *(f"{name}: left out, this compiler has no such flag" for name in self.unknown),
+        ]
+
+
+def for_training(mesh: Mesh) -> Choice:
+    """The flags for a training step on a mesh, checked with its compiler; a second at most.
+
+    The devices may be those of a topology (`parallel.ahead`). On a CPU there are none, and
+    nothing is done.
+    """
+    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    wanted = for_device(here[0].platform, here[0].device_kind)
+    set_by_user = _set_by_user()
+    users = tuple(flag.name for flag in wanted if flag.name in set_by_user)
+    free = tuple(flag for flag in wanted if flag.name not in set_by_user)
+    if not free or _accepts(free, here[0]):
+        return Choice(free, users)
+    accepted = tuple(flag for flag in free if _accepts((flag,), here[0]))
+    return Choice(accepted, users, tuple(flag.name for flag in free if flag not in accepted))
+
+
+def for_device(platform: str, kind: str) -> tuple[Flag, ...]:
+    """The flags for a training step on such a device; none for a CPU (see `model/cpu.py`)."""
+    if platform == "gpu":
+        return (*_GPU, _AMPERE) if re.search("A100|A800", kind) else _GPU
+    return _TPU if platform == "tpu" else ()
+
+
+def _accepts(flags: tuple[Flag, ...], device: jax.Device) -> bool:
+    """Whether the device's compiler knows these, by compiling next to nothing with them."""
+    scalar = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x).lower(scalar).compile(compiler_options=Choice(flags).options)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" in str(error):
+            return False
+        raise
+    return True
+
+
+def _set_by_user() -> set[str]:
+    """Names of the flags in XLA_FLAGS (or in the file that it names) and LIBTPU_INIT_ARGS."""
+    text = os.environ.get("XLA_FLAGS", "")
+    if text and not text.lstrip().startswith("-") and os.path.isfile(text):
+        text = pathlib.Path(text).read_text(encoding="utf-8")
+    text += " " + os.environ.get("LIBTPU_INIT_ARGS", "")
+    return set(re.findall(r"--?(\w+)", text))
+
+
+def prepare_process() -> None:
+    """Environment for training on NVIDIA's GPUs; before JAX starts. What the user has set stands.
+
+    Does nothing without JAX's CUDA plugin.
+    """
+    if not importlib.util.find_spec("jax_plugins"):
+        return
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_MEMORY_FRACTION)}
+    models = pathlib.Path("/proc/driver/nvidia/gpus").glob("*/information")
+    if any(re.search("A100|A800|H100|H200", model.read_text()) for model in models):
+        # One queue of work: collectives start in the order of the schedule. Not for Blackwell.
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    for name, value in environment.items():
+        logging.info("%s=%s", name, os.environ.setdefault(name, value))
