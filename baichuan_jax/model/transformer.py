@@ -263,9 +263,12 @@ class Transformer(nnx.Module):
             x = checkpoint_name(x, "input")
             return layer(x, positions_BT, segments_BT)[0], None
 
-        # Inside a scan nothing merges the recomputation with the forward pass, and the barrier that
-        # would prevent it ties gathers to the layer that they are for.
-        body = jax.checkpoint(body, policy=_policy(saved_names(remat), offload), prevent_cse=False)
+        mesh = jax.sharding.get_abstract_mesh()
+        if remat != "none" or mesh.size > 1:  # or there is nothing to be gathered again
+            policy = _policy(saved_names(remat), offload)
+            # Inside a scan nothing merges the recomputation with the forward pass, and the barrier
+            # that would prevent it ties gathers to the layer that they are for.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x = self.embed(tokens_BT, dtype)
         for layers in (self.layers,) if isinstance(self.layers, Block) else self.layers:
             num_layers = layers.mlp_norm.gain.shape[0]
