@@ -1,4 +1,4 @@
-"""Measures speed, and what quantisation costs.
+"""Measures speed, and what quantisation costs; says how training scales.
 
   pip install -e '.[oracle]'    # to compare with transformers in PyTorch, and with datasketch
   python -m experiments.benchmark --what=train_step
@@ -6,9 +6,14 @@
   python -m experiments.benchmark --what=decode --shape=7b --dtypes=bfloat16 --kinds=,int8,nf4
   python -m experiments.benchmark --what=quantization --checkpoint=runs/quickstart
   python -m experiments.benchmark --what=data --text='zh=/data/zh/*.jsonl.gz,en=/data/en'
+  python -m experiments.benchmark --what=scaling --chip=v5p --plot=scaling.png
+  pip install -e '.[aot,cuda]'  # the compilers, for the next line
+  python -m experiments.benchmark --what=memory --plot=memory.png
 
 The default shapes suit two CPU cores; the third line is for a GPU with 40 GB. Quantisation is
 measured on the held-out rows of a run, the data system on the embedded corpus, or on --text.
+Scaling is the planner's prediction for 8 to 1,024 devices, memory its bytes beside the compilers':
+both of the 7B and the 13B, on any machine.
 """
 
 import dataclasses
@@ -19,8 +24,10 @@ from absl import app, flags
 from baichuan_jax.data.prepare import benchmark as preparing
 from baichuan_jax.inference import benchmark as decoding
 from baichuan_jax.inference import perplexity
-from baichuan_jax.training import benchmark
+from baichuan_jax.parallel import scaling
+from baichuan_jax.training import benchmark, compared
 from baichuan_jax.training.metrics import quiet_logs
+from configs import baichuan2_7b, baichuan2_13b
 from experiments.errors import in_one_line
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Counted steps or rounds of each side.", lower_bound=1)
@@ -36,6 +43,8 @@ _REQUESTS = flags.DEFINE_integer("requests", 16, "Decoded together.", lower_boun
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart", "A run's folder.")
 _TEXT = flags.DEFINE_string("text", "", "Sources of text; '': see above.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "About how many to read; 0: all.", 0)
+_CHIP = flags.DEFINE_string("chip", "h100", "Whose scaling.")
+_PLOT = flags.DEFINE_string("plot", "", "FILE.png for scaling or memory.")
 
 
 def _train_step():
@@ -65,6 +74,9 @@ def _quantization():
 
 _PARTS = {"train_step": _train_step, "decode": _decode, "quantization": _quantization}
 _PARTS["data"] = lambda: preparing.lines(_TEXT.value or "embedded:")
+_RECIPES = {"7B": baichuan2_7b.get_config(), "13B": baichuan2_13b.get_config()}
+_PARTS["scaling"] = lambda: scaling.report(_RECIPES, _CHIP.value, _PLOT.value)
+_PARTS["memory"] = lambda: compared.report(_RECIPES, _PLOT.value)
 _WHAT = flags.DEFINE_enum("what", "train_step", list(_PARTS), "What.")
 
 

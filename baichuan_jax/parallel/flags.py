@@ -6,16 +6,18 @@ while in XLA_FLAGS it would abort the process. What a user sets in XLA_FLAGS or 
 stands.
 
 NVIDIA, by the share of collective bytes that overlap a matrix product in the compiled step of the
-13B (`experiments/LOG.md`), on eight H200: XLA's defaults 55 %; with pipelining 75 %; besides,
-with more than one collective under way and no barrier in the layers' checkpoint
+13B (`experiments/LOG.md`), on eight H200 with jaxlib 0.10.2: XLA's defaults 55 %; with pipelining
+75 %; besides, with more than one collective under way and no barrier in the layers' checkpoint
 (`prevent_cse=False`) 95 %. On 1,024 H100 93 %; on 1,024 A800 67 %, and 98 % with the cost model
-that XLA has for GPUs before Hopper. Left out because it was worse: thresholds of 1 GB for combining
-collectives (58 %: a layer's gathers become one, which nothing of that layer can hide), unrolling
-the loop over layers (82 %), double buffering of it (1 GiB for 1 %), and
-`jax_optimization_level=O1`, which aborts in jaxlib 0.10.2 on loops inside a layer.
+that XLA has for GPUs before Hopper. With jaxlib 0.12: 98, 97 and 92 %. Left out because it was
+worse: thresholds of 1 GB for combining collectives (58 %: a layer's gathers become one, which
+nothing of that layer can hide), unrolling the loop over layers (82 %), double buffering of it
+(1 GiB for 1 %), and `jax_optimization_level=O1`, which aborts in jaxlib 0.10.2 on loops inside a
+layer.
 
 TPU: the sets of MaxText that concern gathers and scatters in the layers' loop. They compile on
-every generation and have not been timed by this project.
+every generation and have not been timed by this project; libtpu 0.0.42 makes the same program of
+the 13B on v5e:16x16 without them.
 
 Before JAX starts, `prepare_process` sets what can only be set then.
 """
@@ -27,32 +29,56 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 from absl import logging
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax import P
+from jax.sharding import Mesh, NamedSharding
 
 from baichuan_jax.parallel.chips import GPU_MEMORY_FRACTION
 
-Value = bool | int
+Value = bool | int | str
 
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag of XLA or libtpu, and what it is for."""
+    """A flag of XLA or libtpu, what it is for, and the same of older versions."""
 
     name: str
     value: Value
     why: str
+    older: "Flag | None" = None
+
+    @property
+    def all(self) -> tuple["Flag", ...]:
+        """It and its older forms, the newest first."""
+        return (self, *(self.older.all if self.older else ()))
+
+
+def _pipeline(kind: str, why: str) -> Flag:
+    older = Flag(f"xla_gpu_enable_pipelined_{kind}", True, why)  # jaxlib 0.10
+    return Flag(f"xla_gpu_pipeline_{kind}", "COLLECTIVE_PIPELINING_MODE_ON", why, older)
 
 
 _GPU = (
     Flag("xla_gpu_enable_latency_hiding_scheduler", True, "starts collectives early, ends late"),
-    Flag("xla_gpu_enable_pipelined_all_gather", True, "a layer's gathers run in the layer before"),
-    Flag("xla_gpu_enable_pipelined_reduce_scatter", True, "its scatters in the layer after"),
-    Flag("xla_gpu_enable_pipelined_all_reduce", True, "the same where gradients are not divided"),
+    _pipeline("all_gather", "a layer's gathers run in the layer before"),
+    _pipeline("reduce_scatter", "its scatters in the layer after"),
+    _pipeline("all_reduce", "the same where gradients are not divided"),
     Flag(
         *("xla_gpu_experimental_parallel_collective_overlap_limit", 8),
         "a collective may start before the one before it has ended",
     ),
+    Flag(
+        *("xla_gpu_memory_limit_slop_factor", round(100 * GPU_MEMORY_FRACTION / 0.8)),
+        "percent of 80 % of the memory: a schedule that takes more gives up hiding collectives",
+    ),
+)
+# What the scheduler's cost model takes a network for; only XLA_FLAGS can say it, and jaxlib 0.10 to
+# 0.12 know it. Without it the scatters of one stage wait for those of the other: 51 % instead of
+# 96 % of the bytes overlap on 1,024 H100 where the layers' products are saved.
+_NETWORK = (
+    "--xla_gpu_analytical_latency_estimator_options=gpus_per_node=8,nic_speed_gbps=400,"
+    "nccl_op_launch_us=10,chunk_prep_us=1,rtt_us=5,chunk_size_bytes=4194304"
 )
 _TPU = (
     Flag("xla_tpu_enable_async_collective_fusion", True, "gathers run in steps beside products"),
@@ -70,7 +96,7 @@ _TPU = (
         "gathers stay whole instead of becoming many small steps inside a product",
     ),
 )
-# Hopper and Blackwell have a better one, which is the default.
+# Hopper and Blackwell have a better one by default. Later versions abort with it, and need it less.
 _AMPERE = Flag("xla_gpu_enable_analytical_latency_estimator", True, "a cost model of this GPU")
 
 
@@ -105,32 +131,37 @@ class Choice:
 def for_training(mesh: Mesh) -> Choice:
     """The flags for a training step on a mesh, checked with its compiler; a second at most.
 
-    The devices may be those of a topology (`parallel.ahead`). On a CPU there are none, and
+    The devices may be those of a topology (`training.ahead`). On a CPU there are none, and
     nothing is done.
     """
-    here = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-    wanted = for_device(here[0].platform, here[0].device_kind)
+    device = next(one for one in mesh.devices.flat if one.process_index == jax.process_index())
     set_by_user = _set_by_user()
-    users = tuple(flag.name for flag in wanted if flag.name in set_by_user)
-    free = tuple(flag for flag in wanted if flag.name not in set_by_user)
-    if not free or _accepts(free, here[0]):
-        return Choice(free, users)
-    accepted = tuple(flag for flag in free if _accepts((flag,), here[0]))
-    return Choice(accepted, users, tuple(flag.name for flag in free if flag not in accepted))
+    used, users, unknown = [], [], []
+    for flag in for_device(device.platform, device.device_kind):
+        theirs = [one.name for one in flag.all if one.name in set_by_user]
+        known = [] if theirs else [one for one in flag.all if _accepts(one, device)]
+        used += known[:1]
+        users += theirs
+        unknown += [] if theirs or known else [flag.name]
+    return Choice(tuple(used), tuple(users), tuple(unknown))
 
 
 def for_device(platform: str, kind: str) -> tuple[Flag, ...]:
     """The flags for a training step on such a device; none for a CPU (see `model/cpu.py`)."""
     if platform == "gpu":
-        return (*_GPU, _AMPERE) if re.search("A100|A800", kind) else _GPU
+        ampere = re.search("A100|A800", kind) and jax.__version_info__ < (0, 11)
+        return (*_GPU, _AMPERE) if ampere else _GPU
     return _TPU if platform == "tpu" else ()
 
 
-def _accepts(flags: tuple[Flag, ...], device: jax.Device) -> bool:
-    """Whether the device's compiler knows these, by compiling next to nothing with them."""
-    scalar = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
+def _accepts(flag: Flag, device: jax.Device) -> bool:
+    """Whether the device's compiler knows it, by compiling next to nothing with it."""
+    alone = Mesh(np.array([device]), ("alone",))
+    scalar = jax.ShapeDtypeStruct((), "float32", sharding=NamedSharding(alone, P()))
     try:
-        jax.jit(lambda x: x).lower(scalar).compile(compiler_options=Choice(flags).options)
+        with jax.set_mesh(alone):
+            program = jax.jit(lambda x: x).lower(scalar)
+        program.compile(compiler_options={flag.name: flag.value})
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" in str(error):
             return False
@@ -159,5 +190,11 @@ def prepare_process() -> None:
     if any(re.search("A100|A800|H100|H200", model.read_text()) for model in models):
         # One queue of work: collectives start in the order of the schedule. Not for Blackwell.
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    given = os.environ.get("XLA_FLAGS", "")
+    name = _NETWORK.split("=")[0].lstrip("-")
+    is_file = given and not given.lstrip().startswith("-")
+    if jax.__version_info__ < (0, 13) and name not in _set_by_user() and not is_file:
+        os.environ["XLA_FLAGS"] = f"{given} {_NETWORK}".strip()
+        logging.info("XLA_FLAGS: %s", _NETWORK)
     for name, value in environment.items():
         logging.info("%s=%s", name, os.environ.setdefault(name, value))
