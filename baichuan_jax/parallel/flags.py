@@ -34,6 +34,7 @@ from absl import logging
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
+from baichuan_jax.config import TENSOR_AXIS
 from baichuan_jax.parallel.chips import GPU_MEMORY_FRACTION
 
 Value = bool | int | str
@@ -61,9 +62,6 @@ def _pipeline(kind: str, why: str) -> Flag:
 
 _GPU = (
     Flag("xla_gpu_enable_latency_hiding_scheduler", True, "starts collectives early, ends late"),
-    _pipeline("all_gather", "a layer's gathers run in the layer before"),
-    _pipeline("reduce_scatter", "its scatters in the layer after"),
-    _pipeline("all_reduce", "the same where gradients are not divided"),
     Flag(
         *("xla_gpu_experimental_parallel_collective_overlap_limit", 8),
         "a collective may start before the one before it has ended",
@@ -79,6 +77,13 @@ _GPU = (
 _NETWORK = (
     "--xla_gpu_analytical_latency_estimator_options=gpus_per_node=8,nic_speed_gbps=400,"
     "nccl_op_launch_us=10,chunk_prep_us=1,rtt_us=5,chunk_size_bytes=4194304"
+)
+# Not with tensor parallelism: XLA would move gathers of recomputed activations, too, and attend
+# twice for it (and scatter a fifth more over `tensor`).
+_GPU_PIPELINING = (
+    _pipeline("all_gather", "a layer's gathers run in the layer before"),
+    _pipeline("reduce_scatter", "its scatters in the layer after"),
+    _pipeline("all_reduce", "the same where gradients are not divided"),
 )
 _TPU = (
     Flag("xla_tpu_enable_async_collective_fusion", True, "gathers run in steps beside products"),
@@ -137,7 +142,7 @@ def for_training(mesh: Mesh) -> Choice:
     device = next(one for one in mesh.devices.flat if one.process_index == jax.process_index())
     set_by_user = _set_by_user()
     used, users, unknown = [], [], []
-    for flag in for_device(device.platform, device.device_kind):
+    for flag in for_device(device.platform, device.device_kind, mesh.shape[TENSOR_AXIS]):
         theirs = [one.name for one in flag.all if one.name in set_by_user]
         known = [] if theirs else [one for one in flag.all if _accepts(one, device)]
         used += known[:1]
@@ -146,12 +151,12 @@ def for_training(mesh: Mesh) -> Choice:
     return Choice(tuple(used), tuple(users), tuple(unknown))
 
 
-def for_device(platform: str, kind: str) -> tuple[Flag, ...]:
+def for_device(platform: str, kind: str, tensor: int = 1) -> tuple[Flag, ...]:
     """The flags for a training step on such a device; none for a CPU (see `model/cpu.py`)."""
-    if platform == "gpu":
-        ampere = re.search("A100|A800", kind) and jax.__version_info__ < (0, 11)
-        return (*_GPU, _AMPERE) if ampere else _GPU
-    return _TPU if platform == "tpu" else ()
+    if platform != "gpu":
+        return _TPU if platform == "tpu" else ()
+    ampere = re.search("A100|A800", kind) and jax.__version_info__ < (0, 11)
+    return (*_GPU, *(_GPU_PIPELINING if tensor == 1 else ()), *((_AMPERE,) if ampere else ()))
 
 
 def _accepts(flag: Flag, device: jax.Device) -> bool:

@@ -139,8 +139,7 @@ def memory(job: Job, layout: Layout, platform: str) -> Memory:
         masters = 4 * L * sum(matrix.stored for matrix in turned)
         copies = masters
         if K == 1:
-            most = max((matrix.whole for matrix in turned), default=0)
-            copies = copies + job.compute * most * replicated
+            copies = copies + job.compute * sum(matrix.whole for matrix in turned) * replicated
         copies = copies + (activations(job, "qkv") * L * n if saved and "qkv" in saved else 0.0)
         turning = 4 * size.head.whole if size.head.turned else 0.0
     else:

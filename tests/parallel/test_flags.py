@@ -20,7 +20,7 @@ def choose(monkeypatch):
 
     def choose(*chosen: Flag) -> Choice:
         chosen = chosen or flags.for_device("gpu", "NVIDIA A100-SXM4-80GB")
-        monkeypatch.setattr(flags, "for_device", lambda platform, kind: chosen)
+        monkeypatch.setattr(flags, "for_device", lambda *_: chosen)
         return flags.for_training(make_mesh(MeshConfig(), jax.devices()[:2]))
 
     return choose
@@ -85,6 +85,14 @@ def test_xla_flags_may_be_in_a_file(choose, monkeypatch, tmp_path):
 def test_within_a_mesh_context_too(choose):
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert choose().unknown == ()
+
+
+def test_nothing_is_pipelined_beside_tensor_parallelism():
+    alone, beside = (flags.for_device("gpu", "NVIDIA H200", tensor) for tensor in (1, 2))
+    pipelined = {flag.name for flag in alone} - {flag.name for flag in beside}
+    assert {name.rpartition("pipeline_")[2] for name in pipelined} == {
+        *("all_gather", "reduce_scatter", "all_reduce"),
+    }
 
 
 def test_generations_and_versions_differ(monkeypatch):

@@ -22,8 +22,8 @@ from configs import baichuan2_13b
 
 
 def small(**training) -> Config:
-    """A 13B with two layers of 256 × 640, a vocabulary of 1,024 and rows of 512 tokens."""
-    config = Config(ModelConfig(1_024, 256, 640, 2, 4, position="alibi"))
+    """A 13B with four layers of 256 × 640, a vocabulary of 1,024 and rows of 512 tokens."""
+    config = Config(ModelConfig(1_024, 256, 640, 4, 4, position="alibi"))
     config.data.sequence_length, config.training.loss_chunk = 512, 128
     config.training.batch_size = 16
     for name, value in training.items():
@@ -92,7 +92,9 @@ def test_what_a_tpu_compiler_needed_is_read_from_its_words():
 def test_widths_that_cannot_be_told_apart_are_not_reported():
     config, machine = small(), topology.parse("h100:1x8")
     config.mesh = MeshConfig(1, 4, 2)
-    text = (pathlib.Path(__file__).parent / "programs" / "gpu.hlo").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parents[1] / "parallel" / "programs" / "gpu.hlo").read_text(
+        encoding="utf-8"
+    )
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     compiled = ahead.Compiled(mesh, 1.0, machine.chip.memory * 2, 0, 0, False, text)
     head, where, *table, overlap, logits, square = ahead.lines(config, machine, compiled)
@@ -145,11 +147,11 @@ def check_traffic(compiled: ahead.Compiled, config: Config, machine: topology.To
 @pytest.mark.parametrize(
     ("replicated", "full", "micro_batches", "mesh"),
     [
-        (2, 0, 1, (2, 4, 1)),
-        (2, 0, 2, (2, 4, 1)),
+        (4, 0, 1, (2, 4, 1)),
+        (4, 0, 2, (2, 4, 1)),
         (0, 0, 2, (2, 4, 1)),
-        (0, 2, 2, (2, 4, 1)),
-        (1, 1, 1, (2, 4, 1)),
+        (0, 4, 2, (2, 4, 1)),
+        (2, 1, 1, (2, 4, 1)),
         (0, 0, 2, (2, 2, 2)),
     ],
 )
