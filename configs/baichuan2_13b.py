@@ -6,9 +6,9 @@ Command:
     --config.data.tokenizer=/data/tokenizer.model
 
 Hardware: weights and AdamW state take 207 GiB over all devices (16 bytes a parameter,
-gradients included): eight 80 GB GPUs, or sixteen TPU v5p chips, with ZeRO. `tensor` must
-divide 40 heads; a micro-batch has 16 rows, and more than 16 devices take fewer
-`config.training.micro_batches`. Not yet run at this size by this project.
+gradients included). `python -m experiments.plan` says what fits on a machine and how fast, and
+writes a recipe for it; as it stands a micro-batch has 16 rows, and more than 16 devices take fewer
+`config.training.micro_batches`. Compiled for up to 1,024 devices, not yet run at this size.
 
 Expected: the paper trains on 2.6 T tokens to MMLU 59.2, C-Eval 58.1 (Table 1). Its batch
 size is not published; 1,024 rows are 4.2 M tokens, so 2.6 T tokens are 620,000 steps.

@@ -6,9 +6,9 @@ Command:
     --config.data.tokenizer=/data/tokenizer.model
 
 Hardware: weights and AdamW state take 112 GiB over all devices (16 bytes a parameter,
-gradients included). Eight 80 GB GPUs or sixteen TPU v5p chips hold it with ZeRO
-(`config.mesh.fsdp=-1`), one or two rows at a time on each: more devices take fewer
-`config.training.micro_batches`. Not yet run at this size by this project.
+gradients included). `python -m experiments.plan` says what fits on a machine and how fast, and
+writes a recipe for it; as it stands a micro-batch has 16 rows, and more than 16 devices take fewer
+`config.training.micro_batches`. Compiled for up to 1,024 devices, not yet run at this size.
 
 Expected: the paper trains on 2.6 T tokens to MMLU 54.2, C-Eval 54.0 (Table 1). Its batch
 size is not published; 1,024 rows are 4.2 M tokens, so 2.6 T tokens are 620,000 steps.
