@@ -121,31 +121,32 @@ def memory(job: Job, layout: Layout, platform: str) -> Memory:
     reduced = 4 * max(matrix.whole for matrix in matrices)
     copies = masters = zeros = turning = twice = 0.0
     if gpu:
-        # XLA's scheduler makes zeros early: those of the embedding's gradient before the passes,
-        # and in a loop over micro-batches, of which it takes the first or last apart to hide its
-        # collectives, all of them twice.
-        zeros = embedding
-        if K > 1:
-            stacks = 2 * stacks
-        if K > 2:
-            zeros, head, twice = 2 * embedding, 2 * head, kept
-        # A layer's gathers begin in the layer before, its scatters end in the one after.
-        gathered *= 1.2
-        reduced += 4 * whole
         layer = (7 * F + 11 * D) * job.compute * n
         # What is gathered along another dimension than the first is laid out anew: as it is
         # stored, once more where it is held, and when it is reduced. So are saved q, k and v.
         turned = [matrix for matrix in matrices if matrix.turned]
         masters = 4 * L * sum(matrix.stored for matrix in turned)
-        copies = masters
-        if K == 1:
-            copies = copies + job.compute * sum(matrix.whole for matrix in turned) * replicated
-        copies = copies + (activations(job, "qkv") * L * n if saved and "qkv" in saved else 0.0)
-        turning = 4 * size.head.whole if size.head.turned else 0.0
+        copies = masters + (activations(job, "qkv") * L * n if "qkv" in (saved or ()) else 0.0)
     else:
         layer = (2 * F + 13 * D) * job.compute * n
         if layout.mesh[0] > 1:
             loss += job.compute * size.head.whole  # gathered in two stages
+    if gpu and tensor == 1:  # where XLA pipelines collectives (`flags.py`)
+        # A layer's gathers begin in the layer before, its scatters end in the one after.
+        gathered *= 1.2
+        reduced += 4 * whole
+        # Zeros are made early: those of the embedding's gradient before the passes, and in a loop
+        # over micro-batches, of which the first or last is taken apart, all of them twice.
+        zeros = embedding
+        if K > 1:
+            stacks = 2 * stacks
+        if K > 2:
+            zeros, head, twice = 2 * embedding, 2 * head, kept
+        if K == 1:
+            copies = copies + job.compute * sum(matrix.whole for matrix in turned) * replicated
+        turning = 4 * size.head.whole if size.head.turned else 0.0
+    if tensor > 1:  # what products gather, and their sums before they are scattered
+        layer += 3 * D * job.compute * layout.tokens(job)
     working = gathered + reduced + layer
     end = head + zeros + (turning if ends_held else 0.0)
     others = replicated < L  # whose backward pass comes before that of the replicated layers

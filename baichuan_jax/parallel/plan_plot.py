@@ -1,6 +1,7 @@
 """Pictures of plans: memory and time of one, and how a model scales with the machine."""
 
 import pathlib
+import re
 from collections.abc import Sequence
 
 from baichuan_jax.config import PLACEMENTS
@@ -141,9 +142,8 @@ def draw_compared(rows: Sequence, path: pathlib.Path) -> pathlib.Path:
     for place, row in zip(places, rows, strict=True):
         top = max(float(row.plan.memory.peak), row.compiler) / GIB
         axes.annotate(f"{row.error:+.1%}", (place, top), ha="center", va="bottom", fontsize=8)
-    lines = ((row.model, *row.plan.topology.name.split(",")) for row in rows)
-    names = ["\n".join(line) for line in lines]
-    axes.set_xticks(list(places), names, fontsize=7)
+    names = [f"{row.model}\n" + re.sub("[:,]", "\n", row.plan.topology.name) for row in rows]
+    axes.set_xticks(list(places), names, fontsize=8)
     axes.set_ylabel("GiB of one device")
     axes.legend(frameon=False)
     return _save(plt, figure, path)

@@ -49,5 +49,5 @@ def test_planned_speeds_are_those_of_counts_that_divide_the_batch():
 
 
 def test_where_no_count_fits_the_planner_says_why():
-    with pytest.raises(ValueError, match="a800:1x1: the smallest layout takes"):
+    with pytest.raises(ValueError, match=r"a800:1x1: a device needs .* GiB"):
         speeds.planned(baichuan2_13b.get_config(), topology.parse("a800:1x1"))
