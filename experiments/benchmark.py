@@ -1,19 +1,14 @@
 """Measures speed, and what quantisation costs; says how training scales.
 
   pip install -e '.[oracle]'    # to compare with transformers in PyTorch, and with datasketch
-  python -m experiments.benchmark --what=train_step
-  python -m experiments.benchmark --what=decode
+  python -m experiments.benchmark --what=train_step   # or decode
   python -m experiments.benchmark --what=decode --shape=7b --dtypes=bfloat16 --kinds=,int8,nf4
   python -m experiments.benchmark --what=quantization --checkpoint=runs/quickstart
   python -m experiments.benchmark --what=data --text='zh=/data/zh/*.jsonl.gz,en=/data/en'
-  python -m experiments.benchmark --what=scaling --chip=v5p --plot=scaling.png
-  pip install -e '.[aot,cuda]'  # the compilers, for the next line
-  python -m experiments.benchmark --what=memory --plot=memory.png
+  python -m experiments.benchmark --what=scaling --plot=scaling.png   # or memory: extras aot, cuda
 
-The default shapes suit two CPU cores; the third line is for a GPU with 40 GB. Quantisation is
-measured on the held-out rows of a run, the data system on the embedded corpus, or on --text.
-Scaling is the planner's prediction for 8 to 1,024 devices, memory its bytes beside the compilers':
-both of the 7B and the 13B, on any machine.
+The default shapes suit two CPU cores, 7b a GPU with 40 GB. Quantisation is measured on a run's
+held-out rows, the data system on the embedded corpus, or on --text. The last line only plans.
 """
 
 import dataclasses
@@ -32,14 +27,14 @@ from experiments.errors import in_one_line
 
 _STEPS = flags.DEFINE_integer("steps", 10, "Counted steps or rounds of each side.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Compute dtypes.")
-_SHAPE = [field for field in dataclasses.fields(benchmark.Shape) if field.name != "dtype"]
-for _field in _SHAPE:
-    flags.DEFINE_integer(_field.name, _field.default, "Of the training step.", lower_bound=1)
-_DECODE = flags.DEFINE_enum("shape", "27m", list(decoding.SHAPES), "Of the model that decodes.")
+_SIZES = {f.name: f.default for f in dataclasses.fields(benchmark.Shape) if f.name != "dtype"}
+for _name, _size in _SIZES.items():
+    flags.DEFINE_integer(_name, _size, "Of the training step.", lower_bound=1)
+flags.DEFINE_enum("shape", "27m", list(decoding.SHAPES), "Of the model that decodes.")
 _KINDS = flags.DEFINE_list("kinds", [""], "Of quantisation: '', int8, nf4, int4.")
-_CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "", "Of keys and values; '': as --dtypes.")
-_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Decoded at most.", lower_bound=8)
-_REQUESTS = flags.DEFINE_integer("requests", 16, "Decoded together.", lower_bound=1)
+flags.DEFINE_string("cache_dtype", "", "Of keys and values; '': as --dtypes.")
+flags.DEFINE_integer("new_tokens", 128, "Decoded at most.", lower_bound=8)
+flags.DEFINE_integer("requests", 16, "Decoded together.", lower_bound=1)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/quickstart", "A run's folder.")
 _TEXT = flags.DEFINE_string("text", "", "Sources of text; '': see above.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 0, "About how many to read; 0: all.", 0)
@@ -48,22 +43,15 @@ _PLOT = flags.DEFINE_string("plot", "", "FILE.png for scaling or memory.")
 
 
 def _train_step():
-    sizes = {field.name: flags.FLAGS[field.name].value for field in _SHAPE}
     for dtype in _DTYPES.value:
-        shape = benchmark.Shape(**sizes, dtype=dtype)
+        shape = benchmark.Shape(**{n: flags.FLAGS[n].value for n in _SIZES}, dtype=dtype)
         yield benchmark.table(shape, benchmark.compare(shape, _STEPS.value))
 
 
 def _decode():
+    given = {n: flags.FLAGS[n].value for n in ("shape", "cache_dtype", "new_tokens", "requests")}
     for dtype, kind in itertools.product(_DTYPES.value, _KINDS.value):
-        load = decoding.Load(
-            shape=_DECODE.value,
-            dtype=dtype,
-            kind=kind,
-            cache_dtype=_CACHE_DTYPE.value,
-            new_tokens=_NEW_TOKENS.value,
-            requests=_REQUESTS.value,
-        )
+        load = decoding.Load(dtype=dtype, kind=kind, **given)
         yield decoding.table(load, decoding.compare(load, _STEPS.value))
 
 
@@ -72,9 +60,9 @@ def _quantization():
     yield from perplexity.benchmark(_CHECKPOINT.value, _TEXT.value, _MAX_TOKENS.value)
 
 
+_RECIPES = {"7B": baichuan2_7b.get_config(), "13B": baichuan2_13b.get_config()}
 _PARTS = {"train_step": _train_step, "decode": _decode, "quantization": _quantization}
 _PARTS["data"] = lambda: preparing.lines(_TEXT.value or "embedded:")
-_RECIPES = {"7B": baichuan2_7b.get_config(), "13B": baichuan2_13b.get_config()}
 _PARTS["scaling"] = lambda: scaling.report(_RECIPES, _CHIP.value, _PLOT.value)
 _PARTS["memory"] = lambda: compared.report(_RECIPES, _PLOT.value)
 _WHAT = flags.DEFINE_enum("what", "train_step", list(_PARTS), "What.")

@@ -1,16 +1,14 @@
 """Says what a run takes, before anything is run: memory, time, and the settings for a machine.
 
   python -m experiments.plan --config=configs/baichuan2_13b.py --topology=h100:128x8
-  python -m experiments.plan --config=configs/baichuan2_7b.py --topology=v5e:16x16 \
-    --plot=plans/7b --apply=plans/7b.py
+  python -m experiments.plan --config=configs/baichuan2_7b.py --topology=v5e:16x16 --apply=7b.py
   python -m experiments.plan --topology=list
   python -m experiments.plan --tokens=2.6e12 --cores=4096 --accelerator=v5p --kept=0.4
 
-With --config (or --topology) it plans a training run (§2.7), without them how so many raw --tokens
-are prepared (§2.1: core-hours, shuffle, memory and accelerator-hours of every stage); --what=run or
---what=data says so outright. A run's layout is searched, but for the settings in --fix; --as_is
-takes the config's own. --apply writes the config with that layout, for `experiments.pretrain`. It
-exits with 1 where nothing fits.
+With --config or --topology it plans a training run (§2.7), else how so many raw --tokens are
+prepared (§2.1); --what says so outright. A run's layout is searched, but for the settings in --fix;
+--as_is takes the config's own. --apply writes the config with that layout, for
+`experiments.pretrain`. It exits with 1 where nothing fits.
 """
 
 import dataclasses
@@ -41,8 +39,7 @@ for _field in _FIELDS:
 
 
 def _data():
-    values = {field.name: flags.FLAGS[field.name].value for field in _FIELDS}
-    assumptions = preparing.Assumptions(**values)
+    assumptions = preparing.Assumptions(**{f.name: flags.FLAGS[f.name].value for f in _FIELDS})
     return preparing.lines(_TOKENS.value, _CORES.value, assumptions, accelerator=_ACCELERATOR.value)
 
 
@@ -79,11 +76,11 @@ def main(_: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    if not any(argument.lstrip("-").startswith("config") for argument in argv[1:]):
-        return app.parse_flags_with_usage(argv)
-    from experiments.errors import parse_flags  # slow to import
+    if any(argument.lstrip("-").startswith("config") for argument in argv[1:]):
+        from experiments.errors import parse_flags  # slow to import
 
-    return parse_flags(argv)
+        return parse_flags(argv)
+    return app.parse_flags_with_usage(argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What a training step costs on a machine: bytes that move, seconds, and what hides behind what.
+"""What a training step takes on a machine: seconds, and what hides behind what.
 
-Nothing is measured here: FLOPs and bytes of a layout, by the rates that `Assumptions` names. A
+Nothing is measured here: FLOPs and bytes (`traffic.py`) by the rates that `Assumptions` names. A
 collective over several levels of links is as slow as its slowest level, for they work at one time,
 plus the latency of a ring's hops, or of a tree's where these are fewer.
 
@@ -16,10 +16,11 @@ import math
 
 import numpy as np
 
-from baichuan_jax.config import PLACEMENTS, saved_names
+from baichuan_jax.config import PLACEMENTS, ModelConfig, listed, saved_names
 from baichuan_jax.parallel.chips import Chip
-from baichuan_jax.parallel.layout import Job, Layout, Matrix, sizes
+from baichuan_jax.parallel.layout import Job, Layout, sizes
 from baichuan_jax.parallel.topology import AXES, Ring, Topology
+from baichuan_jax.parallel.traffic import Transfer, end_activations, layer_activations, transfers
 
 # Share of the peak in matrix products: such that the plan with kernels for attention
 # (logit_bytes=0) reaches the best MFU, by `flops_per_token`, published for training models of this
@@ -76,136 +77,6 @@ class Assumptions:
                     f"{name}={value} should be {'above 0, and at most 1' if share else 'positive'}."
                 )
         return dataclasses.replace(cls(products=_PRODUCTS.get(chip.name, 0.65)), **changes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """One kind of collective.
-
-    Attributes:
-      when: 'before' or 'after' the micro-batches, once in a step, or in the 'forward' or 'backward'
-        pass of each.
-      what: 'weights', 'gradients' or 'activations'.
-      axis: of the mesh.
-      kind: as XLA calls it.
-      bytes: that each device receives in one.
-    """
-
-    when: str
-    what: str
-    axis: str
-    kind: str
-    bytes: float
-
-
-def _gathers(matrix: Matrix, job: Job, when_replica: str, when_fsdp: str) -> list[Transfer]:
-    """Both stages of bringing a matrix from where it is stored."""
-    stages = ((matrix.stored, matrix.shard), (matrix.shard, matrix.whole))
-    return [
-        Transfer(when, "weights", axis, "all-gather", (end - start) * job.compute)
-        for axis, when, (start, end) in zip(AXES, (when_replica, when_fsdp), stages, strict=False)
-        if when and end > start
-    ]
-
-
-def _reductions(matrix: Matrix, job: Job, when_replica: str, when_fsdp: str) -> list[Transfer]:
-    """Both stages of taking its gradient back, over copies where a dimension did not divide."""
-    found = []
-    stages = ((matrix.stored, matrix.shard), (matrix.shard, matrix.whole))
-    for place, (end, start) in enumerate(stages):
-        axis, when, copies = AXES[place], (when_replica, when_fsdp)[place], matrix.copies[place]
-        if start > end:
-            size = (start - end) * job.gradient
-            found.append(Transfer(when, "gradients", axis, "reduce-scatter", size))
-        elif copies > 1:
-            size = 2 * (copies - 1) / copies * end * job.gradient
-            found.append(Transfer(when, "gradients", axis, "all-reduce", size))
-    return found
-
-
-def transfers(matrix: Matrix, job: Job, placement: str, micro_batches: int, again: bool):
-    """The collectives of one matrix and its gradient.
-
-    Args:
-      again: whether the backward pass needs it again, as layers do and embedding and head do not.
-    """
-    held = PLACEMENTS[::-1].index(placement)  # stages that are gathered once: 0, 1, 2
-    if micro_batches == 1:
-        back = ("backward" if held < 1 else "", "backward" if held < 2 else "")
-        return [
-            *_gathers(matrix, job, "forward", "forward"),
-            *(_gathers(matrix, job, *back) if again else ()),
-            *_reductions(matrix, job, "backward", "backward"),
-        ]
-    first = ("forward" if held < 1 else "before", "forward" if held < 2 else "before")
-    back = ("backward" if held < 1 else "", "backward" if held < 2 else "")
-    last = ("backward" if held < 1 else "after", "backward" if held < 2 else "after")
-    return [
-        *_gathers(matrix, job, *first),
-        *(_gathers(matrix, job, *back) if again else ()),
-        *_reductions(matrix, job, *last),
-    ]
-
-
-def layer_activations(job: Job, layout: Layout) -> list[Transfer]:
-    """What tensor parallelism sends inside one layer, in one micro-batch."""
-    tensor = layout.mesh[2]
-    if tensor == 1:
-        return []
-    size = layout.tokens(job) * job.shape.hidden_size * job.compute * (tensor - 1) / tensor
-    saved = saved_names(layout.remat)
-    again = [] if saved is not None and "attention_out" in saved else ["reduce-scatter"]
-    both = ("all-gather", "reduce-scatter") * 2  # before qkv and gate_up; after out and down
-    kinds = {
-        "forward": both,
-        "backward": (*both, "all-gather", "all-gather", *again),  # with the forward pass again
-    }
-    return [
-        Transfer(when, "activations", AXES[2], kind, size)
-        for when, several in kinds.items()
-        for kind in several
-    ]
-
-
-def end_activations(job: Job, layout: Layout) -> list[Transfer]:
-    """What it sends beside the layers, at the embedding and in the loss."""
-    tensor = layout.mesh[2]
-    if tensor == 1:
-        return []
-    size = layout.tokens(job) * job.shape.hidden_size * job.compute * (tensor - 1) / tensor
-    axis, what = AXES[2], "activations"
-    return [
-        Transfer("forward", what, axis, "all-to-all", size / tensor),  # D is split, then T
-        Transfer("forward", what, axis, "all-gather", size),
-        # Gradients by the hidden states are summed in float32.
-        Transfer("forward", what, axis, "all-reduce", 2 * size * 4 / job.compute),
-        Transfer("backward", what, axis, "all-to-all", size / tensor),
-    ]
-
-
-def traffic(job: Job, layout: Layout) -> dict[tuple[str, str, str], float]:
-    """Bytes that each device receives in a step, by (what, axis, kind of collective).
-
-    Left out are single numbers, norm gains' gradients, and each token's few sums in the loss.
-    """
-    found: dict[tuple[str, str, str], float] = {}
-    rounds = {"before": 1, "after": 1, "forward": layout.micro_batches}
-    rounds["backward"] = layout.micro_batches
-
-    def add(transfers_: list[Transfer], times: int = 1) -> None:
-        for one in transfers_:
-            key = (one.what, one.axis, one.kind)
-            found[key] = found.get(key, 0.0) + one.bytes * rounds[one.when] * times
-
-    size, K = sizes(job.model, layout.mesh), layout.micro_batches
-    add(transfers(size.embedding, job, layout.embedding, K, again=False))
-    add(transfers(size.head, job, layout.head, K, again=False))
-    for placement, count in zip(PLACEMENTS, layout.layers, strict=True):
-        for matrix in size.layer.values():
-            add(transfers(matrix, job, placement, K, again=True), int(count))
-    add(layer_activations(job, layout), sum(map(int, layout.layers)))
-    add(end_activations(job, layout))
-    return found
 
 
 def seconds(received: float, rings: tuple[Ring, ...], assumptions: Assumptions) -> float:
@@ -265,20 +136,9 @@ def compute(job: Job, layout: Layout, chip: Chip, assumptions: Assumptions) -> C
         again = sum(products[name] for name in missing) * product + attention_again + elementwise
     V = model.padded_vocab_size
     loss = 3 * V * D * product + V * assumptions.loss_bytes * traffic_
-    moved = sum(n / tensor * activations(job, name) for name in _listed(layout.offload))
+    moved = sum(n / tensor * job.activation(name) for name in listed(layout.offload))
     all_attention = attention + attention_again + 2.5 * attended + 2 * logits
     return Compute(forward, backward, again, all_attention, loss, moved / assumptions.host)
-
-
-def _listed(names: str) -> list[str]:
-    return [name for name in names.split(",") if name]
-
-
-def activations(job: Job, name: str) -> float:
-    """Bytes of a token of a named activation of one layer, all of it."""
-    D, F = job.shape.hidden_size, job.shape.intermediate_size
-    numbers = {"input": D, "qkv": 3 * D, "attention": D, "attention_out": D, "gate_up": 2 * F}
-    return numbers[name] * job.compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,12 +198,15 @@ class Step:
 WAITS = ("waits for layers", "waits for tensor", "waits at the ends", "waits once")
 
 
-def flops_per_token(job: Job) -> int:
-    """Training FLOPs of a token: 6 a parameter of a matrix product (the head is one, the embedding
-    is not) and 6·T·D a layer for causal attention; nothing for what is computed again."""
-    model, D = job.shape, job.shape.hidden_size
-    matrices = model.num_layers * (4 * D * D + 3 * D * model.intermediate_size)
-    return 6 * (matrices + model.vocab_size * D) + 6 * job.time * D * model.num_layers
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Training FLOPs per token of the published architecture: forward and backward.
+
+    Six for each parameter of a matrix product (the head is one, the embedding is not), and
+    6·T·D for each layer's causal attention. Nothing is credited for recomputation.
+    """
+    D, F, L = model.hidden_size, model.intermediate_size, model.num_layers
+    matrices = L * (4 * D * D + 3 * D * F) + model.vocab_size * D
+    return 6 * matrices + 6 * sequence_length * D * L
 
 
 def step(job: Job, layout: Layout, topology: Topology, assumptions: Assumptions) -> Step:

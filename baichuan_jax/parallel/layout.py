@@ -64,6 +64,12 @@ class Job:
     def shape(self) -> ModelConfig:
         return ModelConfig(*self.model)
 
+    def activation(self, name: str) -> int:
+        """Bytes of a token of a named activation (config.ACTIVATIONS) of one layer, all of it."""
+        D, F = self.shape.hidden_size, self.shape.intermediate_size
+        numbers = {"input": D, "qkv": 3 * D, "attention": D, "attention_out": D, "gate_up": 2 * F}
+        return numbers[name] * self.compute
+
     @property
     def tokens(self) -> int:
         """Of one optimizer step."""

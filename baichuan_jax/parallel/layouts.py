@@ -13,6 +13,7 @@ import numpy as np
 from baichuan_jax.config import PLACEMENTS, TENSOR_AXIS, listed, saved_names
 from baichuan_jax.parallel import cost
 from baichuan_jax.parallel.layout import Job, Layout
+from baichuan_jax.parallel.mesh import indivisible
 from baichuan_jax.parallel.topology import AXES, MeshShape, Topology
 
 # (remat, offload), from the fastest to the one that needs least memory. Without 'none': what it
@@ -65,10 +66,8 @@ def placements(job: Job, frame: Layout, fixed: Fixed) -> Iterator[Layout]:
 def refusal(job: Job, layout: Layout) -> str:
     """Why a layout cannot be run on any machine, or nothing."""
     replica, fsdp, tensor = layout.mesh
-    for name in ("num_heads", "intermediate_size", "hidden_size", "padded_vocab_size"):
-        size = getattr(job.shape, name)
-        if size % tensor:
-            return f"config.mesh.tensor={tensor} must divide model.{name}={size}."
+    if reason := indivisible(job.shape, tensor):
+        return reason
     if job.rows % (layout.micro_batches * replica * fsdp):
         return (
             f"config.training.batch_size={job.rows} must be a multiple of"

@@ -12,8 +12,8 @@ Five moments can be the worst one; their terms are what XLA's programs hold then
 
 Saved activations and stacks of gradients are whole from the first layer to the last: a loop over
 layers neither grows nor frees them. The two platforms' compilers differ in what they schedule
-early and what they copy; where they do, it is said. `experiments.plan --compare` sets the sum
-beside what the compilers say.
+early and what they copy; where they do, it is said. `experiments.benchmark --what=memory` sets the
+sum beside what the compilers say.
 """
 
 import dataclasses
@@ -21,7 +21,6 @@ import dataclasses
 import numpy as np
 
 from baichuan_jax.config import listed, saved_names
-from baichuan_jax.parallel.cost import activations
 from baichuan_jax.parallel.layout import Job, Layout, sizes
 
 KINDS = {
@@ -92,9 +91,9 @@ def memory(job: Job, layout: Layout, platform: str) -> Memory:
     if saved is None:  # the layer as XLA computes it; a part of it in float32
         kept = (16 * D + 6 * F) * job.compute
     else:
-        kept = sum(activations(job, name) for name in {"input", *saved} - set(offload))
+        kept = sum(job.activation(name) for name in {"input", *saved} - set(offload))
     kept = L * kept * n
-    host = L * sum(activations(job, name) for name in offload) * n
+    host = L * sum(job.activation(name) for name in offload) * n
 
     # Stacks of gradients that the loop over layers leaves, of one micro-batch, and their sums;
     # apart those of replicated layers, which are the first, and the last in the backward pass.
@@ -126,7 +125,7 @@ def memory(job: Job, layout: Layout, platform: str) -> Memory:
         # stored, once more where it is held, and when it is reduced. So are saved q, k and v.
         turned = [matrix for matrix in matrices if matrix.turned]
         masters = 4 * L * sum(matrix.stored for matrix in turned)
-        copies = masters + (activations(job, "qkv") * L * n if "qkv" in (saved or ()) else 0.0)
+        copies = masters + (job.activation("qkv") * L * n if "qkv" in (saved or ()) else 0.0)
     else:
         layer = (2 * F + 13 * D) * job.compute * n
         if layout.mesh[0] > 1:

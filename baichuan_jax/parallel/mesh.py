@@ -161,6 +161,14 @@ def _hosts(devices) -> Hosts:
     }
 
 
+def indivisible(model: ModelConfig, tensor: int) -> str:
+    """What of a model `tensor` devices cannot split evenly, as a sentence; or nothing."""
+    for name in ("num_heads", "intermediate_size", "hidden_size", "padded_vocab_size"):
+        if getattr(model, name) % tensor:
+            return f"config.mesh.tensor={tensor} must divide model.{name}={getattr(model, name)}."
+    return ""
+
+
 def check_fit(mesh: jax.sharding.Mesh, model: ModelConfig, rows: int) -> None:
     """Refuses a model or a batch that the mesh cannot split evenly.
 
@@ -170,12 +178,8 @@ def check_fit(mesh: jax.sharding.Mesh, model: ModelConfig, rows: int) -> None:
     Raises:
       ValueError: names the field and what would divide it.
     """
-    tensor = mesh.shape[TENSOR_AXIS]
-    for name in ("num_heads", "intermediate_size", "hidden_size", "padded_vocab_size"):
-        if getattr(model, name) % tensor:
-            raise ValueError(
-                f"config.mesh.tensor={tensor} must divide model.{name}={getattr(model, name)}."
-            )
+    if reason := indivisible(model, mesh.shape[TENSOR_AXIS]):
+        raise ValueError(reason)
     shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if rows % shards:
         raise ValueError(

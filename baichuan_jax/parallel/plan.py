@@ -64,7 +64,7 @@ class Plan:
     def flops(self) -> float:
         """Model FLOP/s of one device, as `cost.flops_per_token` counts."""
         each = self.tokens_per_second / self.topology.num_devices
-        return each * cost.flops_per_token(self.job)
+        return each * cost.flops_per_token(self.job.shape, self.job.time)
 
     @property
     def mfu(self) -> float:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from baichuan_jax.config import PLACEMENTS
 from baichuan_jax.parallel.chips import GIB
-from baichuan_jax.parallel.cost import WAITS, traffic
+from baichuan_jax.parallel.cost import WAITS
 from baichuan_jax.parallel.layout import sizes
 from baichuan_jax.parallel.memory import KINDS, MOMENTS
 from baichuan_jax.parallel.plan import Plan
 from baichuan_jax.parallel.topology import AXES, show
+from baichuan_jax.parallel.traffic import traffic
 
 _COLORS = ("#4c72b0", "#8da7cf", "#55a868", "#c44e52", "#dd8452", "#8172b3", "#937860", "#b0b0b0")
 

@@ -10,6 +10,7 @@ from baichuan_jax.parallel import cost, plan, plan_plot
 from baichuan_jax.parallel.chips import GIB, known, slice_shapes
 from baichuan_jax.parallel.layout import Job
 from baichuan_jax.parallel.topology import Topology, parse
+from baichuan_jax.parallel.traffic import traffic
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512, 1_024)
 
@@ -70,7 +71,7 @@ def lines(name: str, found: list[plan.Plan]) -> Iterator[str]:
     )
     for one in found:
         layout = one.layout
-        sent = sum(cost.traffic(one.job, layout).values()) / 1e9
+        sent = sum(traffic(one.job, layout).values()) / 1e9
         waits = float(one.step.exposed) / float(one.step.seconds)
         yield (
             f"  {one.topology.name:18}{'×'.join(map(str, layout.mesh)):>13}{layout.remat:>11}"

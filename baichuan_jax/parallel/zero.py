@@ -163,23 +163,18 @@ class Placement:
     config: ZeroConfig
     dtype: jnp.dtype
 
-    def hold(self, model: Transformer, micro_batches: int):
-        """See `hold`."""
-        return hold(model, self.config, self.dtype, micro_batches)
-
     def sum_dtype(self, gradient: jax.Array) -> jnp.dtype:
         """In which the gradients of micro-batches add up."""
         return jnp.promote_types(gradient.dtype, self.config.gradient_dtype)
 
 
 def hold(
-    model: Transformer, config: ZeroConfig, dtype: jnp.dtype, micro_batches: int = 1
+    model: Transformer, placement: Placement, micro_batches: int
 ) -> tuple[Transformer, Callable[[Transformer], Transformer]]:
     """The model as the micro-batches of a step use it, and the way back for its gradients.
 
     Args:
       model: float32 master weights, divided as `stored_spec` says.
-      dtype: of the computation.
 
     Returns:
       The model with its layers in groups of one placement each, with every weight its `Route`,
@@ -189,6 +184,7 @@ def hold(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return model, lambda gradients: gradients
+    config, dtype = placement.config, placement.dtype
     groups = layer_groups(config, model.layers.mlp_norm.gain.shape[0])
 
     def split(model: Transformer) -> Transformer:
@@ -219,12 +215,9 @@ def hold(
     def routes(placement: str, param: nnx.Param) -> tuple[Route, Route]:
         """From where the weight is stored to where it is held, and from there on."""
         stages, at = _stages(param, mesh), PLACEMENTS[::-1].index(placement)
-        if micro_batches == 1:
-            return Route(stages[:1], 0, config.gradient_dtype), Route(
-                stages, at, config.gradient_dtype
-            )
-        before, after = stages[: at + 1], stages[at:]
-        return Route(before, 0, config.gradient_dtype), Route(after, 0, config.gradient_dtype)
+        held, keep = (0, at) if micro_batches == 1 else (at, 0)
+        before = Route(stages[: held + 1], 0, config.gradient_dtype)
+        return before, Route(stages[held:], keep, config.gradient_dtype)
 
     def collect(placement: str, param: nnx.Param) -> nnx.Param:
         if len(param.spec) == 1:

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, Config
-from baichuan_jax.parallel import cost, flags, memory
+from baichuan_jax.parallel import flags, memory
 from baichuan_jax.parallel.chips import GIB, GPU_MEMORY_FRACTION, Chip
 from baichuan_jax.parallel.layout import Job, Layout
 from baichuan_jax.parallel.mesh import check_fit, make_mesh
@@ -35,6 +35,7 @@ from baichuan_jax.parallel.program import (
     square_attention,
 )
 from baichuan_jax.parallel.topology import Topology, show
+from baichuan_jax.parallel.traffic import traffic
 from baichuan_jax.training import optimizer
 from baichuan_jax.training import step as step_module
 
@@ -241,7 +242,7 @@ def lines(config: Config, topology: Topology, compiled: Compiled) -> Iterator[st
         return
     program = Program(compiled.text)
     if topology.platform == "gpu":
-        yield from _traffic(program.collectives, cost.traffic(job, layout), mesh)
+        yield from _traffic(program.collectives, traffic(job, layout), mesh)
     else:
         counts = collections.Counter()
         for one in program.collectives:

@@ -22,10 +22,10 @@ from jax.sharding import NamedSharding
 from baichuan_jax import interleave
 from baichuan_jax.config import BATCH_AXES, Config, MeshConfig, ModelConfig
 from baichuan_jax.model import cpu
+from baichuan_jax.parallel.cost import flops_per_token
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.training import optimizer
 from baichuan_jax.training import step as step_module
-from baichuan_jax.training.metrics import flops_per_token
 
 WARM_UP = 3  # steps that are not counted
 

@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from baichuan_jax.config import BATCH_AXES, Config, to_json
 from baichuan_jax.data.stream import Stream, difference, prefetch
 from baichuan_jax.parallel import flags
+from baichuan_jax.parallel.cost import flops_per_token
 from baichuan_jax.training import metrics, optimizer
 from baichuan_jax.training import step as step_module
 from baichuan_jax.training.checkpoint import CheckpointError, Checkpoints, restore_model
@@ -185,7 +186,7 @@ class _Recorder:
     def __init__(self, config: Config, workdir: epath.Path, mesh: Mesh):
         self._config, self._devices = config, list(mesh.devices.flat)
         self._schedule = optimizer.schedule(config.optimizer, config.training.num_steps)
-        self._flops = metrics.flops_per_token(config.model, config.data.sequence_length)
+        self._flops = flops_per_token(config.model, config.data.sequence_length)
         self._writer = metrics.MetricsWriter(workdir)
         self._progress = metrics.Progress("train", config.training.num_steps, unit="steps")
         self._before: tuple[float, int] | None = None  # time and tokens

@@ -17,7 +17,6 @@ import jax
 from absl import logging
 from etils import epath
 
-from baichuan_jax.config import ModelConfig
 from baichuan_jax.parallel import chips
 
 _PART_SECONDS = 60  # between two parts of the metrics on an object store
@@ -141,17 +140,6 @@ def _open_to_append(path: epath.Path):
     file.truncate(whole)
     file.seek(whole)
     return file
-
-
-def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """Training FLOPs per token of the published architecture: forward and backward.
-
-    Six for each parameter of a matrix product (the head is one, the embedding is not), and
-    6·T·D for each layer's causal attention. Nothing is credited for recomputation.
-    """
-    D, F, L = model.hidden_size, model.intermediate_size, model.num_layers
-    matrices = L * (4 * D * D + 3 * D * F) + model.vocab_size * D
-    return 6 * matrices + 6 * sequence_length * D * L
 
 
 def peak_flops(device: jax.Device) -> float | None:

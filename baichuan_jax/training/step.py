@@ -138,7 +138,9 @@ def gradients(
     def add(carry, batch):
         return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, one(batch)), None
 
-    held, release = placement.hold(model, micro_batches) if placement else (model, lambda g: g)
+    held, release = model, lambda gradients: gradients
+    if placement:
+        held, release = zero.hold(model, placement, micro_batches)
     if micro_batches == 1:
         grads, count, sums = one(batch)
     else:

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from baichuan_jax.config import Config, MeshConfig, ModelConfig, validate
-from baichuan_jax.parallel import cost, topology
+from baichuan_jax.parallel import topology
 from baichuan_jax.parallel.layout import Job, Layout
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.parallel.program import (
@@ -17,6 +17,7 @@ from baichuan_jax.parallel.program import (
     overlapped_share,
     square_attention,
 )
+from baichuan_jax.parallel.traffic import traffic
 from baichuan_jax.training import ahead
 from configs import baichuan2_13b
 
@@ -128,8 +129,8 @@ def check_traffic(compiled: ahead.Compiled, config: Config, machine: topology.To
     Later compilers gather embedding and head once for all micro-batches where they see it.
     """
     formula, found = collections.Counter(), collections.Counter()
-    traffic = cost.traffic(Job.of(config), Layout.of(config, machine.num_devices))
-    for (_, axis, kind), size in traffic.items():
+    moved = traffic(Job.of(config), Layout.of(config, machine.num_devices))
+    for (_, axis, kind), size in moved.items():
         formula[(axis,), kind] += size
     for one in Program(compiled.text).collectives:
         if max(shape.bytes for shape in one.shapes) > 4_096:
