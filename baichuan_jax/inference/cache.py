@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import P
 
 from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, ModelConfig
-from baichuan_jax.model.attention import cached_attention
+from baichuan_jax.model.attention import Cached, attention
 from baichuan_jax.model.transformer import place
 
 NOWHERE = 1 << 30  # a position whose key is dropped
@@ -113,15 +113,8 @@ class Rows:
         """Writes keys and values to their positions, then attends up to each query's own."""
         layer = self._written(k_BTHK, v_BTHK, positions_BT)
         rows = layer if self.slots_R is None else take_slots(layer, self.slots_R)
-        y_BTHK = cached_attention(
-            q_BTHK,
-            rows.keys,
-            rows.values,
-            positions_BT,
-            slopes_H,
-            rows.key_scales,
-            rows.value_scales,
-        )
+        keys = Cached(rows.key_scales, rows.value_scales)
+        y_BTHK = attention(q_BTHK, rows.keys, rows.values, positions_BT, keys, slopes_H)
         return y_BTHK, Rows(layer, self.slots_R)
 
     def _written(self, k_BTHK, v_BTHK, positions_BT) -> LayerCache:

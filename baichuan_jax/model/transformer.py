@@ -23,8 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from baichuan_jax.config import BATCH_AXES, TENSOR_AXIS, ModelConfig, saved_names
 from baichuan_jax.model import cpu
-from baichuan_jax.model.attention import attention
-from baichuan_jax.model.position import alibi_slopes, rotate
+from baichuan_jax.model.attention import Packed, attention
+from baichuan_jax.model.position import alibi_slopes, rope, rotate
 from baichuan_jax.model.quantized import Quantized
 
 _ACTIVATION = P(BATCH_AXES, None, None)
@@ -110,7 +110,7 @@ class Attention(nnx.Module):
         scale = config.initializer_range
         self.qkv = weight(key_qkv, (D, 3, H, K), P(None, None, TENSOR_AXIS, None), scale)
         self.out = weight(key_out, (H, K, D), P(TENSOR_AXIS, None, None), scale)
-        self.position, self.rope_base = config.position, config.rope_base
+        self.rope = rope(config) if config.position == "rope" else None
 
     def __call__(self, x_BTD, positions_BT, segments_BT, memory: Memory | None = None):
         """Attends within `x_BTD`, or to `memory` and `x_BTD`. Returns the memory with both, too."""
@@ -121,14 +121,13 @@ class Attention(nnx.Module):
         qkv = checkpoint_name(qkv, "qkv")
         q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
         slopes = None
-        if self.position == "rope":
-            q = rotate(q, positions_BT, self.rope_base)
-            k = rotate(k, positions_BT, self.rope_base)
+        if self.rope:
+            q = rotate(q, positions_BT, self.rope)
+            k = rotate(k, positions_BT, self.rope)
         else:
             slopes = jnp.asarray(alibi_slopes(q.shape[2]))
         if memory is None:
-            at = (positions_BT, positions_BT, segments_BT, segments_BT)
-            y = attention(q, k, v, *at, slopes)
+            y = attention(q, k, v, positions_BT, Packed(segments_BT), slopes)
         else:
             y, memory = memory.attend(q, k, v, positions_BT, slopes)
         y = place(einsum("bthk,hkd->btd", y, use(self.out, y), _PARTIAL), rows)
