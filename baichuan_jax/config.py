@@ -9,6 +9,7 @@ changes one after `validate`. The defaults are the paper's Baichuan 2 7B
 
 import dataclasses
 import json
+import math
 
 from etils import epath
 
@@ -27,6 +28,13 @@ REMAT_POLICIES = {
 # Where a group of weights is held during a step (§2.7); optimizer state is over all devices.
 PLACEMENTS = ("replicated", "hierarchical", "full")
 
+# How RoPE is scaled for more tokens, and the fields of a model that say so. No weight's shape
+# depends on them, so training may go on from weights with others.
+ROPE_SCALINGS = ("", "linear", "ntk", "yarn")
+ROPE_SCALING_FIELDS = (
+    *("rope_scaling", "rope_factor", "rope_original_length", "yarn_beta_fast", "yarn_beta_slow"),
+)
+
 # Mesh axes, slowest links first (§2.7); the batch is divided over the first two.
 BATCH_AXES = ("replica", "fsdp")
 TENSOR_AXIS = "tensor"
@@ -43,6 +51,11 @@ class ModelConfig:
     num_heads: int = 32
     position: str = "rope"  # 'rope' (7B) or 'alibi' (13B)
     rope_base: float = 10_000.0
+    rope_scaling: str = ""  # one of ROPE_SCALINGS, to read more tokens: see model/position.py
+    rope_factor: float = 1.0  # of its scaling: how many times as many tokens
+    rope_original_length: int = 4_096  # 'yarn': the tokens that it was trained with before
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
     norm_epsilon: float = 1e-6
     norm_head: bool = True  # §2.5; false for Baichuan 1
     version: int = 2  # of Baichuan: the form of conversations (chat.py)
@@ -222,6 +235,7 @@ def validate(config: Config) -> None:
         f"RoPE rotates pairs: config.model.hidden_size / num_heads = {model.head_size} must be"
         " even.",
     )
+    _validate_rope_scaling(model)
     _require(
         training.batch_size % training.micro_batches == 0,
         f"config.training.batch_size={training.batch_size} must be a multiple of"
@@ -273,6 +287,39 @@ def validate(config: Config) -> None:
     _require(
         0 <= config.data.eval_fraction < 1,
         f"config.data.eval_fraction={config.data.eval_fraction} must be in [0, 1).",
+    )
+
+
+def _validate_rope_scaling(model: ModelConfig) -> None:
+    scaling, factor = model.rope_scaling, model.rope_factor
+    _require(
+        scaling in ROPE_SCALINGS,
+        f"config.model.rope_scaling={scaling!r} must be one of {ROPE_SCALINGS}.",
+    )
+    _require(
+        model.position == "rope" or not scaling,
+        f"config.model.rope_scaling={scaling!r}: ALiBi needs none, it is read at any length as it"
+        " is. Leave it '' with config.model.position='alibi'.",
+    )
+    _require(
+        not scaling or 1 < factor < math.inf,
+        f"config.model.rope_factor={factor} must be above 1 with"
+        f" config.model.rope_scaling={scaling!r}.",
+    )
+    _require(
+        bool(scaling) or factor == 1,
+        f"config.model.rope_factor={factor} does nothing without config.model.rope_scaling: one of"
+        f" {ROPE_SCALINGS[1:]}.",
+    )
+    _require(model.rope_base > 1, f"config.model.rope_base={model.rope_base} must be above 1.")
+    _require(
+        model.rope_original_length > 0,
+        f"config.model.rope_original_length={model.rope_original_length} must be positive.",
+    )
+    _require(
+        model.yarn_beta_fast > model.yarn_beta_slow > 0,
+        f"config.model.yarn_beta_fast={model.yarn_beta_fast} must be above"
+        f" config.model.yarn_beta_slow={model.yarn_beta_slow}, and both positive.",
     )
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from baichuan_jax.config import Config, ModelConfig, from_json
 from baichuan_jax.convert import layout as layouts
 from baichuan_jax.convert.folder import new_folder, read_json
-from baichuan_jax.convert.release import VERSION_FIELD
+from baichuan_jax.convert.release import ROPE_FIELDS, VERSION_FIELD
 from baichuan_jax.convert.safetensors_file import SafetensorsWriter
 from baichuan_jax.convert.stored import check_finite, float_dtype
 from baichuan_jax.convert.weights import WeightsReader
@@ -114,9 +114,15 @@ def engine_warnings(model: ModelConfig, layout: str, raw_head: bool = False) -> 
         warnings.append(
             f"llama.cpp takes 40 layers, and only them, for ALiBi. It would take this for {taken}."
         )
-    if rope and model.rope_base != 10_000:
+    base, scaling = _rope(model)
+    if rope and base != 10_000:
         warnings.append(
-            f"The official code has a RoPE base of 10,000, and this has {model.rope_base:,g}."
+            f"The official code has a RoPE base of 10,000, and this has {base:,g}."
+            " --layout=llama says it to all programs."
+        )
+    if scaling:
+        warnings.append(
+            f"The official code does not scale RoPE, and this is scaled ({scaling['rope_type']})."
             " --layout=llama says it to all programs."
         )
     normalises = model.vocab_size == _BAICHUAN2_TOKENS
@@ -129,6 +135,18 @@ def engine_warnings(model: ModelConfig, layout: str, raw_head: bool = False) -> 
         others = "llama.cpp does" if normalises else "vLLM, SGLang and llama.cpp do"
         warnings.append(f"--raw_head: {others} not normalise the head, and would misread it.")
     return warnings
+
+
+def _rope(model: ModelConfig) -> tuple[float, dict | None]:
+    """rope_theta, which tells the NTK-aware scaling, too, and rope_scaling, of the others."""
+    if model.rope_scaling == "ntk":
+        exponent = model.head_size / max(model.head_size - 2, 1)
+        return model.rope_base * model.rope_factor**exponent, None
+    if not model.rope_scaling:
+        return model.rope_base, None
+    fields = ROPE_FIELDS[model.rope_scaling]
+    found = {theirs: getattr(model, ours) for theirs, ours in fields.items()}
+    return model.rope_base, {"rope_type": model.rope_scaling} | found
 
 
 def _check(model: ModelConfig, layout: str, raw_head: bool) -> None:
@@ -221,17 +239,19 @@ def _write_configs(
         **special,
     }
     rope = model.position == "rope"
+    base, scaling = _rope(model)
     if rope:
         fields["max_position_embeddings"] = context
-    if rope and (layout == "llama" or model.rope_base != 10_000):
-        fields["rope_theta"] = model.rope_base
+    if rope and (layout == "llama" or base != 10_000):
+        fields["rope_theta"] = base
+    if layout == "llama" or scaling:
+        fields["rope_scaling"] = scaling
     if layout == "llama":
         fields |= {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "num_key_value_heads": model.num_heads,
             "head_dim": model.head_size,
-            "rope_scaling": None,
             "attention_bias": False,
             "mlp_bias": False,
         }

@@ -20,13 +20,25 @@ _NAMES = {"rope": "RoPE", "alibi": "ALiBi"}
 _MODEL_TYPES = ("baichuan", "llama")
 VERSION_FIELD = "baichuan_version"  # our exports say it; no released config.json does
 
+# The kinds of RoPE in transformers that are here, and our names of their fields. Our 'ntk' is no
+# kind there: it is another rope_theta.
+ROPE_FIELDS = {
+    "default": {},
+    "linear": {"factor": "rope_factor"},
+    "yarn": {
+        "factor": "rope_factor",
+        "original_max_position_embeddings": "rope_original_length",
+        "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow",
+    },
+}
+
 # Fields with which a model would be computed otherwise than here: those allowed, and why.
 _ONLY = {
     "hidden_act": (("silu",), "the feed-forward layers are SwiGLU"),
     "tie_word_embeddings": ((False,), "the head is a matrix of its own"),
     "attention_bias": ((False,), "the architecture has no biases"),
     "mlp_bias": ((False,), "the architecture has no biases"),
-    "rope_scaling": ((None,), "RoPE is not scaled"),
     "quantization_config": ((None,), "convert the full checkpoint, and quantise that"),
     "partial_rotary_factor": ((None, 1, 1.0), "RoPE rotates whole heads"),
     "sliding_window": ((None,), "attention is not windowed"),
@@ -104,6 +116,10 @@ def read_config(directory, *, position: str = "", version: int = 0) -> Release:
     buffers = [name for name in tensors if name.endswith(INV_FREQ)]
     position, why_position = _position(fields, layout, bool(buffers), position)
     version, norm_head, why_version = _version(fields, layout, version)
+    context, why_context = fields.context()
+    base, scaling = fields.rope(context)
+    if scaling and position == "alibi":
+        raise ValueError(f"{path} scales RoPE, but: {why_position}")
     config = Config()
     config.model = ModelConfig(
         vocab_size=fields.whole("vocab_size"),
@@ -112,18 +128,24 @@ def read_config(directory, *, position: str = "", version: int = 0) -> Release:
         num_layers=fields.whole("num_hidden_layers"),
         num_heads=fields.whole("num_attention_heads"),
         position=position,
-        rope_base=fields.rope_base(),
+        rope_base=base,
+        **scaling,
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         norm_head=norm_head,
         version=version,
         initializer_range=fields.number("initializer_range", 0.02),
     )
-    context, why_context = fields.context()
     config.data.sequence_length = context
     config.training.max_z_weight = fields.number("z_loss_weight", 0.0)
-    validate(config)
+    try:
+        validate(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     check_weights(tensors, config.model, layout, directory)
     reasons = [why_position, why_version, f"Context: {context:,} tokens, {why_context}."]
+    if scaling:
+        kind, factor = scaling["rope_scaling"], scaling["rope_factor"]
+        reasons.append(f"RoPE is scaled {factor:g} times, '{kind}': config.json says so.")
     if layout == "llama":
         reasons.append("Layout of Llama: Q, K and V are matrices of their own.")
     if buffers:
@@ -223,17 +245,37 @@ class _Fields:
                 return self.whole(name), f"as {name} says"
         return 4_096, "as all released models have, for config.json does not say"
 
-    def rope_base(self) -> float:
-        rope = self.values.get("rope_parameters")  # how transformers 5 writes both
-        if isinstance(rope, dict):
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise ValueError(
-                    f"{self.path}: rope_parameters has type {kind!r}; RoPE is not scaled here."
-                )
-            if "rope_theta" in rope:
-                return _Fields(self.path, rope).number("rope_theta", 10_000.0)
-        return self.number("rope_theta", 10_000.0)
+    def rope(self, context: int) -> tuple[float, dict[str, str | int | float]]:
+        """The base, and those fields of `ModelConfig` that scale it: none, if it is not scaled."""
+        # Of transformers 4 and before, and of 5, which writes the base there, too.
+        name = "rope_scaling" if self.values.get("rope_scaling") else "rope_parameters"
+        found = self.values.get(name) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{self.path}: {name} is {found!r}; it should be a JSON object.")
+        found = {field: value for field, value in found.items() if value is not None}
+        base = _Fields(self.path, found).number("rope_theta", self.number("rope_theta", 10_000.0))
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind not in list(ROPE_FIELDS):  # a list, for it may be of any type
+            raise ValueError(
+                f"{self.path}: {name} has type {kind!r}; it should be one of"
+                f" {', '.join(ROPE_FIELDS)}."
+            )
+        fields = ROPE_FIELDS[kind]
+        if unknown := sorted(found.keys() - {"rope_type", "type", "rope_theta", *fields}):
+            raise ValueError(
+                f"{self.path}: {name} has {unknown[0]}, which is not known here for {kind!r}."
+            )
+        if kind == "default" or found.get("factor") == 1:
+            return base, {}
+        if "original_max_position_embeddings" in fields:  # transformers takes it for that, too
+            found = {"original_max_position_embeddings": context} | found
+        scaling = {"rope_scaling": kind}
+        for theirs, ours in fields.items():
+            if theirs == "original_max_position_embeddings":
+                scaling[ours] = _Fields(self.path, found).whole(theirs)
+            elif theirs in found or theirs == "factor":
+                scaling[ours] = _Fields(self.path, found).number(theirs, 0.0)
+        return base, scaling
 
     def check(self) -> None:
         """Refuses the fields of other architectures."""

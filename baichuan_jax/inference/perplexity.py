@@ -54,13 +54,16 @@ def losses(
     """
     nats, tokens = [], []
     for batch in batches:
-        nats.append(_nats(model, batch, dtype))
+        nats.append(np.asarray(token_losses(model, batch, dtype), np.float64).sum(1))
         tokens.append(batch["mask_BT"].sum(1))
-    return np.concatenate(nats, dtype=np.float64), np.concatenate(tokens, dtype=np.float64)
+    return np.concatenate(nats), np.concatenate(tokens, dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _nats(model, batch, dtype):
+def token_losses(
+    model: Transformer, batch: dict[str, np.ndarray], dtype: jnp.dtype = jnp.bfloat16
+) -> jax.Array:
+    """Nats of each target [B, T] in float32, 0 where the mask is false; see `losses`."""
     places = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
     hidden_BTD = model(*places, dtype=dtype)
     B, T, _ = hidden_BTD.shape
@@ -72,14 +75,15 @@ def _nats(model, batch, dtype):
         # Not take_along_axis, which a mesh of explicit axes refuses.
         is_target_BCV = jnp.arange(logp_BCV.shape[-1]) == targets_BC[..., None]
         picked_BC = jnp.sum(jnp.where(is_target_BCV, logp_BCV, 0.0), axis=-1)
-        return -jnp.sum(jnp.where(mask_BC, picked_BC, 0.0), axis=1)
+        return jnp.where(mask_BC, -picked_BC, 0.0)
 
     def chunks(x):
         x = jnp.pad(x, [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
     inputs = (hidden_BTD, batch["targets_BT"], batch["mask_BT"])
-    return jnp.sum(jax.lax.map(one, jax.tree.map(chunks, inputs)), axis=0)
+    nats_NBC = jax.lax.map(one, jax.tree.map(chunks, inputs))
+    return jnp.moveaxis(nats_NBC, 0, 1).reshape(B, -1)[:, :T]
 
 
 def benchmark(checkpoint: epath.PathLike, text: str = "", max_tokens: int = 0) -> Iterator[str]:
@@ -150,12 +154,8 @@ def bits_per_byte(checkpoint: epath.PathLike, text: str) -> dict[str, tuple[floa
     Raises:
       ValueError: no such run, or a source that cannot be read.
     """
-    workdir = _run_folder(checkpoint)
-    config = from_json(workdir / "config.json")
-    template = jax.eval_shape(lambda key: Transformer(key, config.model), jax.random.key(0))
-    model = restore_model(workdir / "checkpoints", template)
-    file = workdir / "tokenizer.model"
-    tokenizer = Tokenizer(file if file.exists() else config.data.tokenizer)
+    workdir, config, tokenizer = open_run(checkpoint)
+    model = restore_float32(workdir, config.model)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         stream_of, names = _packed(text, tokenizer, config.data.sequence_length, scratch)
@@ -186,9 +186,26 @@ def released_memory() -> Iterator[str]:
     )
 
 
+def open_run(checkpoint: epath.PathLike) -> tuple[epath.Path, Config, Tokenizer]:
+    """A run's folder, its config and its tokenizer.
+
+    Raises:
+      ValueError: it is no run's folder; says how to make one.
+    """
+    workdir = _run_folder(checkpoint)
+    config = from_json(workdir / "config.json")
+    file = workdir / "tokenizer.model"
+    return workdir, config, Tokenizer(file if file.exists() else config.data.tokenizer)
+
+
+def restore_float32(workdir: epath.Path, config: ModelConfig) -> Transformer:
+    """The newest weights of a run as they are stored, with a stack of layers."""
+    template = jax.eval_shape(lambda key: Transformer(key, config), jax.random.key(0))
+    return restore_model(workdir / "checkpoints", template)
+
+
 def _restore(config: ModelConfig, workdir: epath.Path) -> Transformer:
     """The model as it is served, with a stack of layers."""
-    float32 = jax.eval_shape(lambda key: Transformer(key, config), jax.random.key(0))
 
     def cast(model: Transformer) -> Transformer:
         if model.norm_head:
@@ -196,8 +213,7 @@ def _restore(config: ModelConfig, workdir: epath.Path) -> Transformer:
             model.norm_head = False
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
 
-    model = restore_model(workdir / "checkpoints", float32)
-    return jax.jit(cast, donate_argnums=0)(model)
+    return jax.jit(cast, donate_argnums=0)(restore_float32(workdir, config))
 
 
 def _run_folder(checkpoint: epath.PathLike) -> epath.Path:

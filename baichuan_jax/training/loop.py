@@ -24,7 +24,7 @@ from jax import P
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from baichuan_jax.config import BATCH_AXES, Config, to_json
+from baichuan_jax.config import BATCH_AXES, Config, ModelConfig, to_json
 from baichuan_jax.data.stream import Stream, difference, prefetch
 from baichuan_jax.parallel import flags
 from baichuan_jax.parallel.cost import flops_per_token
@@ -153,7 +153,8 @@ def _start(
     abstract = step_module.abstract_state(config, tx, mesh)
     if checkpoints.newest() is not None:
         state, meta = checkpoints.restore(abstract)
-        if changed := difference(meta["model"], dataclasses.asdict(config.model)):
+        before = dataclasses.asdict(ModelConfig()) | meta["model"]  # which may lack newer fields
+        if changed := difference(before, dataclasses.asdict(config.model)):
             raise ValueError(
                 f"{checkpoints.directory} holds another model than config.model:\n{changed}\n"
                 "Use another --workdir, or config.checkpoint.init_from for continued training."

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from baichuan_jax.config import Config, DataConfig, from_json, validate
+from baichuan_jax.config import ROPE_SCALING_FIELDS, Config, DataConfig, from_json, validate
 from baichuan_jax.convert.hugging_face import read_model
 from baichuan_jax.convert.release import AmbiguousError, Release, is_release, read_config
 from baichuan_jax.data import packing, shards, sources
@@ -116,7 +116,10 @@ def _check_source(config: Config) -> Release | None:
         )
     release = _release(path) if is_release(path) else None
     there = release.config if release else from_json(path / "config.json")
-    if changed := difference(*(dataclasses.asdict(c.model) for c in (there, config))):
+    models = [dataclasses.asdict(c.model) for c in (there, config)]
+    for field in ROPE_SCALING_FIELDS:
+        models[0][field] = models[1][field]
+    if changed := difference(*models):
         raise ValueError(f"{flag} holds another model than config.model:\n{changed}")
     if kind := "" if release else is_quantized(path):
         raise ValueError(

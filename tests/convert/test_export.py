@@ -15,6 +15,7 @@ from baichuan_jax.convert import layout, weights
 from baichuan_jax.convert.export import engine_warnings, export_checkpoint
 from baichuan_jax.convert.hugging_face import import_checkpoint, read_model
 from baichuan_jax.convert.release import read_config
+from baichuan_jax.model.position import rope
 from baichuan_jax.parallel import zero
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
@@ -193,6 +194,8 @@ def test_no_program_misreads_the_released_shapes(name):
         ({"num_layers": 40}, ["would take this for ALiBi"]),
         ({"norm_head": False}, ["this model has no NormHead"]),
         ({"rope_base": 500_000.0}, ["RoPE base of 10,000, and this has 500,000"]),
+        ({"rope_scaling": "ntk", "rope_factor": 8.0}, ["base of 10,000, and this has 82,684.6"]),
+        ({"rope_scaling": "yarn", "rope_factor": 8.0}, ["not scale RoPE, and this is"]),
     ],
 )
 def test_programs_that_would_misread_a_model_are_named(fields, said):
@@ -228,6 +231,39 @@ def test_official_fields(tmp_path, fields, name):
     assert written.items() >= (expected | {"architectures": [name]}).items()
     notes = [line for line in lines if line.startswith("Note: ")]
     assert len(notes) == len(engine_warnings(config.model, "baichuan"))
+
+
+@pytest.mark.parametrize("form", ["baichuan", "llama"])
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+def test_the_scaling_of_rope_comes_back(tmp_path, form, scaling):
+    fields = {"rope_scaling": scaling, "rope_factor": 8.0, "rope_base": 5_000.0}
+    fields |= {"rope_original_length": 32, "yarn_beta_fast": 8.0} if scaling == "yarn" else {}
+    config, _ = make_run(tmp_path / "run", **fields)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", layout=form, say=quiet)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert bool(written.get("rope_scaling")) == (scaling != "ntk")
+    assert written["rope_theta"] > 40_000 if scaling == "ntk" else written["rope_theta"] == 5_000
+    back = read_config(tmp_path / "hf").config.model
+    if scaling != "ntk":
+        assert {name: getattr(back, name) for name in fields} == fields
+    np.testing.assert_allclose(rope(back).frequencies, rope(config.model).frequencies, rtol=1e-12)
+    assert rope(back).attention_factor == rope(config.model).attention_factor
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+def test_transformers_scales_rope_as_we_do(tmp_path, scaling):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    fields = {"rope_scaling": scaling, "rope_factor": 8.0, "rope_original_length": 32}
+    config, model = make_run(tmp_path / "run", **fields)
+    export_checkpoint(tmp_path / "run", tmp_path / "hf", layout="llama", say=quiet)
+    tokens = np.random.default_rng(0).integers(0, 200, 200)
+    llama = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = llama(torch.tensor(tokens)[None]).logits[0].numpy()
+    np.testing.assert_allclose(our_logits(model, config.model, tokens), theirs, atol=2e-4)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):

@@ -144,8 +144,18 @@ def test_sizes_of_released_models_contradict_a_field(tmp_path, described):
         ({"mlp_bias": True}, "mlp_bias is True.*no biases"),
         ({"num_key_value_heads": 2}, "num_key_value_heads is 2; .*should be 4"),
         ({"head_dim": 32}, "head_dim is 32; .*should be 16"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling is {'type': 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has type 'yarn'"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'; it should be a JSON object"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling has type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters has type"),
+        ({"rope_scaling": {"type": "linear"}}, "config.model.rope_factor=0.0 must be above 1"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 0.7}},
+            "rope_scaling has mscale, which is not known here for 'yarn'",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 0.5}},
+            "config.model.yarn_beta_fast=0.5 must be above",
+        ),
         ({"sliding_window": 1024}, "sliding_window is 1024"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -185,6 +195,44 @@ def test_llamas(tmp_path):
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )
     assert read_config(tmp_path / "new").config.model.rope_base == 500
+
+
+YARN = {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    "changes, fields",
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_scaling": "linear"}),
+        (
+            {"rope_scaling": YARN | {"beta_fast": 16, "attention_factor": None}},
+            {"rope_original_length": 512, "yarn_beta_fast": 16.0},
+        ),
+        (
+            {"rope_parameters": YARN | {"rope_theta": 500.0}},
+            {"rope_original_length": 512, "rope_base": 500.0},
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_original_length": 4096}),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, {"rope_factor": 1.0}),
+    ],
+)
+def test_the_scaling_of_rope_is_read(tmp_path, changes, fields):
+    releases.make_release(tmp_path / "r", layout="llama", **changes)
+    release = read_config(tmp_path / "r")
+    scaling = next(iter(changes.values()))
+    fields = {"rope_factor": float(scaling["factor"])} | fields
+    if scaling["factor"] > 1:
+        fields = {"rope_scaling": scaling.get("rope_type", scaling.get("type"))} | fields
+        assert f"RoPE is scaled {scaling['factor']} times" in str(release)
+    expected = releases.tiny_model(version=1, norm_head=False, **fields)
+    assert release.config.model == expected
+
+
+def test_alibi_is_not_scaled(tmp_path):
+    scaling = {"type": "linear", "factor": 2}
+    releases.make_release(tmp_path / "r", position="alibi", rope_scaling=scaling)
+    with pytest.raises(ValueError, match=r"r/config.json scales RoPE, but: ALiBi: config.json has"):
+        read_config(tmp_path / "r")
 
 
 def test_config_files_that_cannot_be_read(tmp_path):

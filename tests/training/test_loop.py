@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import pytest
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
-from baichuan_jax.config import MeshConfig, to_json
+from baichuan_jax.config import ROPE_SCALING_FIELDS, MeshConfig, to_json
 from baichuan_jax.data.stream import Stream
 from baichuan_jax.parallel.mesh import make_mesh
 from baichuan_jax.tokenizer import Tokenizer
@@ -172,6 +173,18 @@ def test_another_model_in_the_same_folder_is_refused(config, tmp_path):
     config.model.rope_base = 5e5
     with pytest.raises(ValueError, match=r"another model than config.model:\nrope_base: 10000.0"):
         run_on(config, tmp_path, (1, 1, 1))
+
+
+def test_a_run_from_before_a_field_of_the_model_resumes(config, tmp_path, monkeypatch):
+    def older(value, asdict=dataclasses.asdict):
+        return {k: v for k, v in asdict(value).items() if k not in ROPE_SCALING_FIELDS}
+
+    config.training.num_steps = 4
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.dataclasses, "asdict", older)
+        run_on(config, tmp_path, (1, 1, 1))
+    config.training.num_steps = 5
+    assert int(run_on(config, tmp_path, (1, 1, 1)).step) == 5
 
 
 def test_continued_training_takes_the_weights_alone(config, tmp_path):

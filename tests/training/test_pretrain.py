@@ -131,6 +131,17 @@ def test_weights_of_another_architecture_are_refused_before_packing(config, tmp_
     assert not (tmp_path / "run" / "shards").exists()
 
 
+def test_training_goes_on_with_another_scaling_of_rope(config, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(to_json(config))
+    config.checkpoint.init_from = str(tmp_path / "source")
+    config.model.rope_scaling, config.model.rope_factor = "yarn", 4.0
+    given = []
+    monkeypatch.setattr(loop, "train", lambda config, *_: given.append(config.model))
+    pretrain(config, tmp_path / "run")
+    assert given[0].rope_scaling == "yarn"
+
+
 def test_a_quantised_run_is_refused_before_packing(config, tmp_path):
     model = step_module.create_model(config.model, 0, make_mesh(MeshConfig(), jax.devices()[:1]))
     save_quantized(quantize(model, "int8"), config, tmp_path / "small")
