@@ -6,15 +6,13 @@ here and autocast there.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import P
 from jax.sharding import NamedSharding
@@ -22,22 +20,22 @@ from jax.sharding import NamedSharding
 from baichuan_jax import interleave
 from baichuan_jax.config import BATCH_AXES, Config, MeshConfig, ModelConfig
 from baichuan_jax.model import cpu
+from baichuan_jax.model.position import alibi_slopes
+from baichuan_jax.parallel import flags
 from baichuan_jax.parallel.cost import flops_per_token
 from baichuan_jax.parallel.mesh import make_mesh
-from baichuan_jax.training import optimizer
+from baichuan_jax.training import device_benchmark, optimizer
 from baichuan_jax.training import step as step_module
-
-WARM_UP = 3  # steps that are not counted
-
-
-def _product_size(device: str) -> int:
-    """Rows and columns of the product that shows a library's own limit."""
-    return 1_024 if device == "cpu" else 8_192  # a small one is over before a GPU is busy
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What both sides train; the defaults have 27 million parameters."""
+    """What both sides train; the defaults have 27 million parameters.
+
+    Attributes:
+      rows: of a step, in so many micro-batches.
+      remat: ours only; see config.TrainingConfig.
+    """
 
     hidden_size: int = 512
     intermediate_size: int = 1_376
@@ -46,7 +44,10 @@ class Shape:
     vocab_size: int = 8_192
     rows: int = 4
     sequence_length: int = 256
+    micro_batches: int = 1
     dtype: str = "float32"
+    position: str = "rope"
+    remat: str = "none"
 
     @property
     def model(self) -> ModelConfig:
@@ -56,73 +57,98 @@ class Shape:
             self.intermediate_size,
             self.num_layers,
             self.num_heads,
+            self.position,
         )
+
+    @property
+    def config(self) -> Config:
+        """Of our side's run. Nothing is divided, so nothing is held twice."""
+        config = Config(self.model)
+        config.data.sequence_length = self.sequence_length
+        config.training.batch_size, config.training.micro_batches = self.rows, self.micro_batches
+        config.training.compute_dtype, config.training.remat = self.dtype, self.remat
+        config.zero.full_layers = self.num_layers
+        config.zero.embedding = config.zero.head = "full"
+        return config
+
+    @property
+    def tokens(self) -> int:
+        """Of one step."""
+        return self.rows * self.sequence_length
 
     @property
     def flops(self) -> float:
         """Of one step, by the causal convention."""
         per_token = flops_per_token(self.model, self.sequence_length)
-        return per_token * self.rows * self.sequence_length
+        return per_token * self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What a worker runs; the two calls return their seconds when all work is done."""
+    """What a worker runs; `train`, `packed` and `product` return their seconds.
 
-    about: str  # versions, device
+    Attributes:
+      about: versions, device.
+      packed: the step on rows of several documents; ours only.
+      product: of two large square matrices, with `product_flops`.
+      peak: bytes of the device's memory at the worst moment so far; 0 where it is not known.
+    """
+
+    about: str
     train: Callable[[], float]
     product: Callable[[], float]
     product_flops: float
+    packed: Callable[[], float] | None = None
+    peak: Callable[[], int] = lambda: 0
 
 
 def our_side(**shape) -> Side:
     """This project's training step as `training.loop` runs it; arguments as `Shape`."""
     shape = Shape(**shape)
     cpu.keep_memory()
-    config = Config(model=shape.model)
-    config.training.compute_dtype, config.training.remat = shape.dtype, "none"
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config, device = shape.config, jax.devices()[0]
+    mesh = make_mesh(MeshConfig(), [device])
     tx = optimizer.adamw(config.optimizer, config.training.num_steps)
+    loss = step_module.pretraining_loss(config.model, config.training)
+    run = step_module.compiled_step(config, loss, tx, flags.for_training(mesh).options)
     model = step_module.create_model(config.model, 0, mesh)
     state = step_module.create_state(model, tx, mesh)
-    loss = step_module.pretraining_loss(config.model, config.training)
-    options = {"loss": loss, "tx": tx, "clip_norm": config.optimizer.clip_norm}
-    run = jax.jit(functools.partial(step_module.train_step, **options), donate_argnums=0)
-    T = shape.sequence_length
-    text = np.random.default_rng(0).integers(0, shape.vocab_size, (shape.rows, T + 1), np.int32)
-    ones = np.ones((shape.rows, T), np.int32)
-    batch = {
-        "tokens_BT": text[:, :T],
-        "targets_BT": text[:, 1:],
-        "segments_BT": ones,
-        "positions_BT": ones * np.arange(T, dtype=np.int32),
-        "mask_BT": ones > 0,
-    }
-    batch = jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES, None)))
-    multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
-    device = jax.default_backend()
-    size = _product_size(device)
-    square = jnp.ones((size, size), shape.dtype)
+    del model  # the step gives its memory to the next state
+    B, T = shape.rows, shape.sequence_length
+    text = np.random.default_rng(0).integers(0, shape.vocab_size, (B, T + 1), np.int32)
+    ones = np.ones((B, T), np.int32)
+    rows = NamedSharding(mesh, P(BATCH_AXES, None))
 
-    def train() -> float:
-        nonlocal state
-        number = int(state.step) + 1
+    def batch(positions_BT: np.ndarray, segments_BT: np.ndarray) -> dict[str, jax.Array]:
+        arrays = {"tokens_BT": text[:, :T], "targets_BT": text[:, 1:], "mask_BT": ones > 0}
+        where = {"positions_BT": positions_BT, "segments_BT": segments_BT}
+        return jax.device_put(arrays | where, rows)
+
+    whole = batch(ones * np.arange(T, dtype=np.int32), ones)
+    packed = batch(*device_benchmark.packed_rows(B, T))
+    number = 0
+
+    def step(batch: dict[str, jax.Array]) -> float:
+        nonlocal state, number
+        number += 1
         began = time.perf_counter()
         with jax.set_mesh(mesh):
             state, metrics = run(state, number, batch)
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - began
 
-    def product() -> float:
-        began = time.perf_counter()
-        multiply(square, square).block_until_ready()
-        return time.perf_counter() - began
+    multiply, flops = device_benchmark.product(shape.dtype)
+    return Side(
+        about=f"jax {jax.__version__}, {device.platform}",
+        train=lambda: step(whole),
+        packed=lambda: step(packed),
+        product=device_benchmark.timed(multiply),
+        product_flops=flops,
+        peak=lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0),
+    )
 
-    about = f"jax {jax.__version__}, {device}"
-    return Side(about, train, product, 2 * size**3)
 
-
-def llama(shape: Shape):
+def llama(shape: Shape | ModelConfig):
     """transformers' LlamaForCausalLM of the shape, with random float32 weights."""
     import transformers
 
@@ -140,8 +166,18 @@ def llama(shape: Shape):
     )
 
 
-def their_side(**shape) -> Side:
-    """The same of transformers' LlamaForCausalLM with fused AdamW in PyTorch."""
+def their_side(
+    *, weights: str = "float32", compiled: bool = False, checkpoint: bool = False, **shape
+) -> Side:
+    """The same of transformers' LlamaForCausalLM with fused AdamW in PyTorch.
+
+    Args:
+      weights: dtype of weights, gradients and moments.
+      compiled: by `torch.compile`.
+      checkpoint: layers are computed again in the backward pass.
+      **shape: as `Shape`. ALiBi is a dense mask for PyTorch's attention, as in the official code,
+        and nothing is rotated then.
+    """
     import torch
     import transformers
 
@@ -151,35 +187,55 @@ def their_side(**shape) -> Side:
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as JAX has it on a GPU
     dtype = getattr(torch, shape.dtype)
-    model = llama(shape).to(device)
+    with torch.device(device):
+        model = llama(shape).to(getattr(torch, weights))
+    model.train()
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     adamw = torch.optim.AdamW(
         model.parameters(), 2e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
+    run = torch.compile(model) if compiled else model
+    extra = {"use_cache": False}
+    if shape.position == "alibi":
+        transformers.models.llama.modeling_llama.apply_rotary_pos_emb = lambda q, k, *_: (q, k)
+        bias_HTT = torch.from_numpy(alibi_mask(shape.num_heads, shape.sequence_length))
+        extra["attention_mask"] = bias_HTT[None].to(device, dtype)
     tokens = torch.randint(0, shape.vocab_size, (shape.rows, shape.sequence_length), device=device)
-    size = _product_size(device)
-    square = torch.ones(size, size, dtype=dtype, device=device)
+    size = device_benchmark.product_size(device)
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device)
 
-    def timed(work: Callable[[], None]) -> float:
-        began = time.perf_counter()
-        work()
+    def wait(_=None) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
 
-    def train() -> None:
+    def train() -> float:
+        began = time.perf_counter()
         adamw.zero_grad(set_to_none=True)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        for part in tokens.chunk(shape.micro_batches):
+            with torch.autocast(device, dtype, enabled=weights != shape.dtype):
+                loss = run(input_ids=part, labels=part, **extra).loss
+            (loss / shape.micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         adamw.step()
+        wait()
+        return time.perf_counter() - began
 
     return Side(
-        f"transformers {transformers.__version__}, torch {torch.__version__}, {device}",
-        lambda: timed(train),
-        lambda: timed(lambda: torch.mm(square, square)),
-        2 * size**3,
+        about=f"transformers {transformers.__version__}, torch {torch.__version__}, {device}",
+        train=train,
+        product=device_benchmark.timed(lambda: torch.mm(a, b), wait),
+        product_flops=2 * size**3,
+        peak=lambda: torch.cuda.max_memory_allocated() if device == "cuda" else 0,
     )
+
+
+def alibi_mask(num_heads: int, length: int) -> np.ndarray:
+    """Bias of causal attention with ALiBi, float32 [H, T, T], -inf above the diagonal."""
+    index = np.arange(length, dtype=np.float32)
+    distance_TT = index - index[:, None]
+    bias_HTT = alibi_slopes(num_heads)[:, None, None] * distance_TT
+    return np.where(distance_TT > 0, -np.inf, bias_HTT).astype(np.float32)
 
 
 _SIDES = {"ours": our_side, "transformers": their_side}
@@ -203,16 +259,23 @@ def compare(shape: Shape, steps: int, sides: list[str] | None = None) -> dict[st
         {side: (_SIDES[side], dataclasses.asdict(shape)) for side in sides},
         calls=["train", "product"],
         about=["about", "product_flops"],
-        rounds=WARM_UP + steps,
+        rounds=device_benchmark.WARM_UP + steps,
     )
     return {
         side: {
             "about": result["about"],
-            "train": result["train"][WARM_UP:],
+            "train": result["train"][device_benchmark.WARM_UP :],
             "limit": result["product_flops"] / min(result["product"]),
         }
         for side, result in results.items()
     }
+
+
+def report(sizes: dict[str, int], dtypes: list[str], steps: int) -> Iterator[str]:
+    """A table for each dtype; `sizes` are the other fields of `Shape`."""
+    for dtype in dtypes:
+        shape = Shape(**sizes, dtype=dtype)
+        yield table(shape, compare(shape, steps))
 
 
 def table(shape: Shape, results: dict[str, dict]) -> str:
