@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from baichuan_jax.config import validate
 from baichuan_jax.parallel import topology
-from baichuan_jax.parallel.flags import prepare_process
+from baichuan_jax.parallel.flags import describe_network
 from baichuan_jax.training import ahead
 from baichuan_jax.training.metrics import quiet_logs
 from experiments.errors import in_one_line, parse_flags
@@ -27,23 +27,32 @@ from experiments.errors import in_one_line, parse_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE, as h200:1x8 or v5e:16x16; 'list'.")
 _TEXT = flags.DEFINE_string("text", "", "Where to write the program's text; empty: nowhere.")
-flags.mark_flags_as_required(["config", "topology"])
+flags.mark_flag_as_required("topology")
 
 
 @in_one_line()
 def main(_):
     quiet_logs()
-    prepare_process()
     if _TOPOLOGY.value == "list":
         print("\n".join(topology.listing()))
         return
-    jax.config.update("jax_platforms", "cpu")  # the machine here is not asked
     config, machine = _CONFIG.value, topology.parse(_TOPOLOGY.value)
+    if config is None:
+        raise ValueError("--config=RECIPE is missing: what to compile.")
     validate(config)
-    compiled = ahead.compile_step(config, machine)
-    print("\n".join(ahead.lines(config, machine, compiled)))
     if _TEXT.value:
-        pathlib.Path(_TEXT.value).write_text(compiled.text, encoding="utf-8")
+        text = pathlib.Path(_TEXT.value)
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.open("a").close()  # what cannot be written is refused now
+    if machine.platform == "gpu":
+        describe_network(machine.shape[1], machine.chip.across.bandwidth)
+    jax.config.update("jax_platforms", "cpu")  # the machine here is not asked
+    print(f"Compiling for {machine.name}: a minute for GPUs, several for TPUs.", flush=True)
+    compiled = ahead.compile_step(config, machine)
+    for line in ahead.lines(config, machine, compiled):
+        print(line, flush=True)
+    if _TEXT.value:
+        text.write_text(compiled.text, encoding="utf-8")
     if not compiled.fits:
         sys.exit(1)
 

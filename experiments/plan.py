@@ -13,6 +13,7 @@ prepared (§2.1); --what says so outright. A run's layout is searched, but for t
 
 import dataclasses
 import pathlib
+import re
 import shlex
 import sys
 
@@ -20,11 +21,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from baichuan_jax.data.prepare import plan as preparing
+from experiments.errors import in_one_line, parse_flags
 
 _WHAT = flags.DEFINE_enum("what", None, ["run", "data"], "What to plan; see above.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "CHIP:SHAPE or FILE.json; list: chips by name.")
-_FIX = flags.DEFINE_list("fix", [], "To keep, as mesh.tensor=2,training.remat=full.")
+_FIX = flags.DEFINE_string("fix", "", "To keep, as mesh.tensor=2,training.remat=qkv,gate_up.")
 _AS_IS = flags.DEFINE_boolean("as_is", False, "Takes the config's layout; searches nothing.")
 _ASSUME = flags.DEFINE_list("assume", [], "Other rates, as products=0.6,logit_bytes=0.")
 _PLOT = flags.DEFINE_string("plot", "", "Folder for memory.png and time.png.")
@@ -40,11 +42,15 @@ for _field in _FIELDS:
 
 def _data():
     assumptions = preparing.Assumptions(**{f.name: flags.FLAGS[f.name].value for f in _FIELDS})
-    return preparing.lines(_TOKENS.value, _CORES.value, assumptions, accelerator=_ACCELERATOR.value)
+    asked = (_TOKENS.value, _CORES.value, assumptions)
+    try:
+        yield from preparing.lines(*asked, accelerator=_ACCELERATOR.value)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error  # it begins with the name
 
 
 def _run():
-    from baichuan_jax.config import validate  # these import JAX, which preparing does without
+    # These import JAX, which preparing does without.
     from baichuan_jax.parallel import plan, plan_plot, plan_table, recipe, topology
 
     if _TOPOLOGY.value == "list":
@@ -52,9 +58,13 @@ def _run():
         return
     if not (_CONFIG.value and _TOPOLOGY.value):
         raise ValueError("--topology=CHIP:SHAPE and --config=RECIPE are both needed.")
-    validate(_CONFIG.value)
+    if pathlib.Path(_PLOT.value).is_file():
+        raise ValueError(f"--plot={_PLOT.value} is a file, and should be a folder.")
+    if _APPLY.value:
+        recipe.check(pathlib.Path(_APPLY.value))
     machine = topology.parse(_TOPOLOGY.value)
-    found = plan.plan(_CONFIG.value, machine, _AS_IS.value, _FIX.value, _ASSUME.value)
+    fixed = re.split(r",(?=\w+\.\w+=)", _FIX.value) if _FIX.value else []
+    found = plan.plan(_CONFIG.value, machine, _AS_IS.value, fixed, _ASSUME.value)
     yield from plan_table.lines(found)
     if _PLOT.value:
         yield f"Pictures: {', '.join(map(str, plan_plot.draw(found, pathlib.Path(_PLOT.value))))}"
@@ -66,22 +76,12 @@ def _run():
         yield f"Written: {_APPLY.value}"
 
 
+@in_one_line()
 def main(_: list[str]) -> None:
     training = _WHAT.value == "run" or (not _WHAT.value and (_CONFIG.value or _TOPOLOGY.value))
-    try:
-        for line in _run() if training else _data():
-            print(line)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {'' if training else '--'}{error}")
-
-
-def _parse(argv: list[str]) -> list[str]:
-    if any(argument.lstrip("-").startswith("config") for argument in argv[1:]):
-        from experiments.errors import parse_flags  # slow to import
-
-        return parse_flags(argv)
-    return app.parse_flags_with_usage(argv)
+    for line in _run() if training else _data():
+        print(line)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse_flags)

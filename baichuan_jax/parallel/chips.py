@@ -41,6 +41,8 @@ class Chip:
       across: what a device has to reach other nodes or slices.
       kinds: JAX's `device_kind`s with this peak, at run time.
       cores: that `flops` is of; JAX makes each a device of a v4 without megacore.
+      fused_attention: whether attention has a kernel there (`model.attention`); else it goes
+        through blocks in XLA.
       per_chip: devices of a chip, which share its ICI links.
       between: links these devices; None where there is one.
     """
@@ -55,6 +57,7 @@ class Chip:
     across: Link
     kinds: tuple[str, ...] = ()
     cores: int = 1
+    fused_attention: bool = True
     per_chip: int = 1
     between: Link | None = None
 
@@ -68,6 +71,7 @@ def _gpu(
     nvlink: float,
     gigabits: float,
     note: str = "as in a DGX",
+    **more,
 ) -> Chip:
     return Chip(
         name=name,
@@ -83,6 +87,7 @@ def _gpu(
         inside=Link("NVLink", nvlink * 1e9, 2e-6),
         across=Link("InfiniBand", gigabits / 8 * 1e9, 10e-6),
         kinds=kinds,
+        **more,
     )
 
 
@@ -120,6 +125,7 @@ _CHIPS = (
         *("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"),
         *("NVIDIA A100 80GB PCIe", "NVIDIA A100-PCIE-40GB"),
         **{"gib": 79.1, "teraflops": 312, "gb_per_s": 2039, "nvlink": 300, "gigabits": 200},
+        fused_attention=False,
     ),
     _gpu(
         "h100",
@@ -141,6 +147,7 @@ _CHIPS = (
         *("NVIDIA A800-SXM4-80GB", "NVIDIA A800 80GB PCIe"),
         **{"gib": 79.1, "teraflops": 312, "gb_per_s": 2039, "nvlink": 200, "gigabits": 200},
         note="which is an assumption (the paper does not describe its network)",
+        fused_attention=False,
     ),
     _tpu(
         "v4",

@@ -9,6 +9,9 @@ behind the compute of a layer, and on the links of all mesh axes at one time: a 
 as the longest of these. What a tensor-parallel layer sends within itself, nothing hides. Nor does
 anything hide what comes first or last in a pass, or the gathers and reductions that stand outside
 the loop over micro-batches. The head's hide behind what the layers leave free.
+
+Weights that are held between layers are not free either: XLA copies each layer's into a stack and
+out again, or out of one in both passes. A gather that hides costs less than that.
 """
 
 import dataclasses
@@ -52,7 +55,7 @@ class Assumptions:
 
     products: float = _assumed(0.65, "of the peak, in matrix products; by chip")
     attention: float = _assumed(0.50, "of the peak, in attention's products")
-    logit_bytes: float = _assumed(16.0, "a logit of attention forward, twice backward; a kernel: 0")
+    logit_bytes: float = _assumed(0.0, "a logit of attention forward, twice backward; by chip")
     loss_bytes: float = _assumed(24.0, "a logit of the loss, between its products")
     memory: float = _assumed(0.85, "of the memory's bandwidth")
     links: float = _assumed(0.80, "of the bandwidth of all links")
@@ -70,13 +73,17 @@ class Assumptions:
         for name, value in changes.items():
             if name not in known:
                 raise ValueError(f"{name!r} is not assumed; there are {', '.join(known)}.")
-            share = known[name].default <= 1
+            share = known[name].default <= 1 and name != "logit_bytes"
             least = 0 if name in ("logit_bytes", "loss_bytes") else 1e-9
             if not least <= value <= (1 if share else math.inf):
                 raise ValueError(
                     f"{name}={value} should be {'above 0, and at most 1' if share else 'positive'}."
                 )
-        return dataclasses.replace(cls(products=_PRODUCTS.get(chip.name, 0.65)), **changes)
+        by_chip = cls(
+            products=_PRODUCTS.get(chip.name, 0.65),
+            logit_bytes=0.0 if chip.fused_attention else 16.0,
+        )
+        return dataclasses.replace(by_chip, **changes)
 
 
 def seconds(received: float, rings: tuple[Ring, ...], assumptions: Assumptions) -> float:
@@ -100,7 +107,6 @@ class Compute:
     Attributes:
       forward, backward: of one layer; `backward` without what is computed again.
       again: of one layer, for what rematerialisation has not saved.
-      attention: the part of the three that is attention.
       loss: of both passes.
       offload: of one layer, to bring offloaded activations to the host; as much again back.
     """
@@ -108,7 +114,6 @@ class Compute:
     forward: float
     backward: float
     again: float
-    attention: float
     loss: float
     offload: float
 
@@ -129,16 +134,15 @@ def compute(job: Job, layout: Layout, chip: Chip, assumptions: Assumptions) -> C
     forward = sum(products.values()) * product + attention + elementwise
     backward = 2 * sum(products.values()) * product + 2.5 * attended + 2 * logits + 2 * elementwise
     saved = saved_names(layout.remat)
-    again = attention_again = 0.0
+    again = 0.0
     if saved is not None:
         missing = [name for name in products if name not in (*saved, "down")]
-        attention_again = 0.0 if "attention" in saved else attention
-        again = sum(products[name] for name in missing) * product + attention_again + elementwise
+        again = sum(products[name] for name in missing) * product + elementwise
+        again += 0.0 if "attention" in saved else attention
     V = model.padded_vocab_size
     loss = 3 * V * D * product + V * assumptions.loss_bytes * traffic_
     moved = sum(n / tensor * job.activation(name) for name in listed(layout.offload))
-    all_attention = attention + attention_again + 2.5 * attended + 2 * logits
-    return Compute(forward, backward, again, all_attention, loss, moved / assumptions.host)
+    return Compute(forward, backward, again, loss, moved / assumptions.host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,9 +255,10 @@ def step(job: Job, layout: Layout, topology: Topology, assumptions: Assumptions)
             add("waits for tensor", phase.inline, times * count, inside[when])
 
     # Nothing hides the gather of the first layer of a pass, nor what its last layer scatters.
-    for when in busy:
-        edges = [sum(phases[placement, when].hidden.values()) for placement in PLACEMENTS]
-        first = np.select([np.asarray(count) > 0 for count in layout.layers], edges)
+    groups = list(zip(PLACEMENTS, layout.layers, strict=True))
+    for when, order in (("forward", groups), ("backward", groups[::-1])):
+        edges = [sum(phases[placement, when].hidden.values()) for placement, _ in order]
+        first = np.select([np.asarray(count) > 0 for _, count in order], edges)
         parts["waits at the ends"] = parts["waits at the ends"] + K * np.minimum(first, busy[when])
 
     # The head's hide behind what the layers leave free; the embedding's are first and last.
@@ -274,10 +279,24 @@ def step(job: Job, layout: Layout, topology: Topology, assumptions: Assumptions)
         "layers": K * L * (work.forward + work.backward),
         "computed again": K * L * work.again,
         "loss": K * work.loss,
+        "held weights": _held(job, layout, topology.chip, assumptions),
         "optimizer": _optimizer(job, layout, topology.chip, assumptions),
         "offload": max(0.0, 2 * K * L * work.offload - all_busy),
     }
     return Step(phases, spent_busy | parts, links)
+
+
+def _held(job: Job, layout: Layout, chip: Chip, assumptions: Assumptions):
+    """Seconds of copying the layers' held weights: twice for each micro-batch, read and written.
+
+    With one micro-batch into the stack of what the backward pass finds, and out of it; with several
+    out of the stack that was gathered before them, in either pass.
+    """
+    matrices, copied = sizes(job.model, layout.mesh).layer.values(), 0
+    for placement, count in zip(PLACEMENTS, layout.layers, strict=True):
+        copied = copied + count * sum(matrix.held(placement) for matrix in matrices)
+    moved = 4 * layout.micro_batches * copied * job.compute
+    return moved / (chip.bandwidth * assumptions.memory)
 
 
 def _optimizer(job: Job, layout: Layout, chip: Chip, assumptions: Assumptions):

@@ -8,18 +8,18 @@ stands.
 NVIDIA, by the share of collective bytes that overlap a matrix product in the compiled step of the
 13B (`experiments/LOG.md`), on eight H200 with jaxlib 0.10.2: XLA's defaults 55 %; with pipelining
 75 %; besides, with more than one collective under way and no barrier in the layers' checkpoint
-(`prevent_cse=False`) 95 %. On 1,024 H100 93 %; on 1,024 A800 67 %, and 98 % with the cost model
-that XLA has for GPUs before Hopper. With jaxlib 0.12: 98, 97 and 92 %. Left out because it was
-worse: thresholds of 1 GB for combining collectives (58 %: a layer's gathers become one, which
-nothing of that layer can hide), unrolling the loop over layers (82 %), double buffering of it
-(1 GiB for 1 %), and `jax_optimization_level=O1`, which aborts in jaxlib 0.10.2 on loops inside a
-layer.
+(`prevent_cse=False`) 97 %. On 1,024 H100 that is 93 %, and 98 % with a cost model that knows the
+network; on 1,024 A800 67 %, and 98 % with the cost model that XLA has for GPUs before Hopper. Left
+out because it was worse: thresholds of 1 GB for combining collectives (58 %: a layer's gathers
+become one, which nothing of that layer can hide), unrolling the loop over layers (82 %), double
+buffering of it (1 GiB for 1 %), and `jax_optimization_level=O1`, which aborts in jaxlib 0.10.2 on
+loops inside a layer.
 
 TPU: the sets of MaxText that concern gathers and scatters in the layers' loop. They compile on
 every generation and have not been timed by this project; libtpu 0.0.42 makes the same program of
 the 13B on v5e:16x16 without them.
 
-Before JAX starts, `prepare_process` sets what can only be set then.
+Before JAX starts, `prepare_process` and `describe_network` set what can only be set then.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from jax import P
 from jax.sharding import Mesh, NamedSharding
 
 from baichuan_jax.config import TENSOR_AXIS
-from baichuan_jax.parallel.chips import GPU_MEMORY_FRACTION
+from baichuan_jax.parallel.chips import GPU_MEMORY_FRACTION, of_kind
 
 Value = bool | int | str
 
@@ -74,10 +74,8 @@ _GPU = (
 # What the scheduler's cost model takes a network for; only XLA_FLAGS can say it, and jaxlib 0.10 to
 # 0.12 know it. Without it the scatters of one stage wait for those of the other: 51 % instead of
 # 96 % of the bytes overlap on 1,024 H100 where the layers' products are saved.
-_NETWORK = (
-    "--xla_gpu_analytical_latency_estimator_options=gpus_per_node=8,nic_speed_gbps=400,"
-    "nccl_op_launch_us=10,chunk_prep_us=1,rtt_us=5,chunk_size_bytes=4194304"
-)
+_NETWORK = "xla_gpu_analytical_latency_estimator_options"
+_NETWORK_OPTIONS = "nccl_op_launch_us=10,chunk_prep_us=1,rtt_us=5,chunk_size_bytes=4194304"
 # Not with tensor parallelism: XLA would move gathers of recomputed activations, too, and attend
 # twice for it (and scatter a fifth more over `tensor`).
 _GPU_PIPELINING = (
@@ -190,16 +188,32 @@ def prepare_process() -> None:
     """
     if not importlib.util.find_spec("jax_plugins"):
         return
+    paths = pathlib.Path("/proc/driver/nvidia/gpus").glob("*/information")
+    models = re.findall(r"Model:\s*(.*\S)", "".join(path.read_text() for path in paths))
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_MEMORY_FRACTION)}
-    models = pathlib.Path("/proc/driver/nvidia/gpus").glob("*/information")
-    if any(re.search("A100|A800|H100|H200", model.read_text()) for model in models):
+    if any(re.search("A100|A800|H100|H200", model) for model in models):
         # One queue of work: collectives start in the order of the schedule. Not for Blackwell.
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    given = os.environ.get("XLA_FLAGS", "")
-    name = _NETWORK.split("=")[0].lstrip("-")
-    is_file = given and not given.lstrip().startswith("-")
-    if jax.__version_info__ < (0, 13) and name not in _set_by_user() and not is_file:
-        os.environ["XLA_FLAGS"] = f"{given} {_NETWORK}".strip()
-        logging.info("XLA_FLAGS: %s", _NETWORK)
     for name, value in environment.items():
         logging.info("%s=%s", name, os.environ.setdefault(name, value))
+    chip = of_kind(models[0]) if models else None
+    describe_network(len(models) or 8, chip.across.bandwidth if chip else 50e9)
+
+
+def describe_network(gpus: int, bandwidth: float) -> None:
+    """Tells XLA's cost model of NVIDIA's GPUs the network; before JAX starts.
+
+    Does nothing without JAX's CUDA plugin, or where the user has told it.
+
+    Args:
+      gpus: of a node.
+      bandwidth: bytes/s that one of them has to other nodes, one way.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    is_file = given and not given.lstrip().startswith("-")
+    known = importlib.util.find_spec("jax_plugins") and jax.__version_info__ < (0, 13)
+    if known and not is_file and _NETWORK not in _set_by_user():
+        speed = f"gpus_per_node={gpus},nic_speed_gbps={8e-9 * bandwidth:g}"
+        flag = f"--{_NETWORK}={speed},{_NETWORK_OPTIONS}"
+        os.environ["XLA_FLAGS"] = f"{given} {flag}".strip()
+        logging.info("XLA_FLAGS: %s", flag)

@@ -98,16 +98,19 @@ class Layout:
     head: str
 
     @classmethod
-    def of(cls, config: Config, num_devices: int) -> "Layout":
+    def of(cls, config: Config, num_devices: int, granules: int = 1) -> "Layout":
         """The layout that a config asks for.
 
+        Args:
+          granules: nodes or slices of the machine, for the message.
+
         Raises:
-          ValueError: its mesh does not fit so many devices.
+          ValueError: its mesh does not fit so many devices; names some that do.
         """
         zero_config, layers = config.zero, config.model.num_layers
         first, last = zero_config.replicated_layers, zero_config.full_layers
         return cls(
-            mesh_shape(config.mesh, num_devices),
+            mesh_shape(config.mesh, num_devices, granules),
             config.training.micro_batches,
             config.training.remat,
             config.training.offload,
@@ -156,8 +159,8 @@ class Matrix:
       whole: after that over `fsdp`, too: what it computes with.
       copies: devices along (`replica`, `fsdp`) that store the same numbers, because no dimension
         could be divided over them: 1 unless sizes are odd.
-      turned: whether another dimension than the first is divided. A gather then lays its pieces
-        beside each other, and XLA turns them.
+      turned: whether it is another dimension than the first that (`replica`, `fsdp`) divide. A
+        gather then lays its pieces beside each other, and XLA turns them.
     """
 
     stored: int
@@ -196,14 +199,15 @@ def sizes(model: tuple, mesh_shape: MeshShape) -> Sizes:
     def matrix(param) -> Matrix:
         spec, shape = param.spec, param.shape[param.ndim - len(param.spec) :]
         stored = zero.stored_spec(spec, shape, mesh)
-        axes = [name for entry in stored if entry for name in _names(entry)]
+        axes = [name for entry in stored for name in zero.axes_of(entry)]
 
         def count(without: tuple[str, ...]) -> int:
             parts = math.prod(mesh.shape[axis] for axis in axes if axis not in without)
             return math.prod(shape) // parts
 
         copies = tuple(1 if axis in axes else mesh.shape[axis] for axis in AXES[:2])
-        turned = not set(AXES[:2]) & set(_names(stored[0]) if stored[0] else ())
+        divided = set(AXES[:2]) & set(axes)
+        turned = bool(divided) and not divided & set(zero.axes_of(stored[0]))
         return Matrix(count(()), count(AXES[:1]), count(AXES[:2]), copies, turned)
 
     layers = shapes.layers
@@ -220,10 +224,6 @@ def sizes(model: tuple, mesh_shape: MeshShape) -> Sizes:
         matrix(shapes.head),
         sum(gain.size for gain in gains),
     )
-
-
-def _names(entry) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else (entry,)
 
 
 @functools.cache

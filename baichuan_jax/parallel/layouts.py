@@ -14,7 +14,7 @@ from baichuan_jax.config import PLACEMENTS, TENSOR_AXIS, listed, saved_names
 from baichuan_jax.parallel import cost
 from baichuan_jax.parallel.layout import Job, Layout
 from baichuan_jax.parallel.mesh import indivisible
-from baichuan_jax.parallel.topology import AXES, MeshShape, Topology
+from baichuan_jax.parallel.topology import AXES, MeshShape, Topology, divisors, split
 
 # (remat, offload), from the fastest to the one that needs least memory. Without 'none': what it
 # saves beside the products is soon computed again, and XLA hides no gather in its forward loop.
@@ -22,6 +22,10 @@ POLICIES = (("matmuls", ""), ("attention", ""), ("full", ""), ("full", "input"))
 
 # Settings that are not to be chosen, by `layout.FIELDS`.
 Fixed = dict[str, int | str]
+
+# Counts of layers in one placement that are looked at: all up to so many layers, as evenly spread
+# ones of more.
+_MOST_COUNTS = 128
 
 # What of a step another placement can make shorter than that of full layers is.
 _BY_PLACEMENT = ("waits for layers", "waits at the ends", "waits once")
@@ -32,7 +36,7 @@ def frames(
 ) -> list[tuple[float, Layout]]:
     """Layouts whose layers are full, with their bounds; those with the lowest bound first."""
     found = []
-    for mesh in _meshes(job, machine, fixed):
+    for mesh in meshes(job, machine, fixed):
         for count in _micro_batches(job, mesh, fixed):
             for remat, offload in _policies(fixed):
                 layers = (0, 0, job.shape.num_layers)
@@ -47,18 +51,18 @@ def frames(
 def placements(job: Job, frame: Layout, fixed: Fixed) -> Iterator[Layout]:
     """The frame with every placement: all counts of layers in one layout of arrays."""
     count = job.shape.num_layers
-    first, last = np.meshgrid(np.arange(count + 1), np.arange(count + 1), indexing="ij")
-    keep = first + last <= count
-    for name, values in (("zero.replicated_layers", first), ("zero.full_layers", last)):
-        if name in fixed:
-            keep &= values == fixed[name]
-    layers = (first[keep], count - first[keep] - last[keep], last[keep])
-    if not layers[0].size:
-        return
+    some = np.append(np.arange(0, count, -(-count // _MOST_COUNTS)), count)
+    names = ("zero.replicated_layers", "zero.full_layers")
+    first, last = np.meshgrid(*(fixed.get(name, some) for name in names), indexing="ij")
+    if names[1] in fixed:  # what is too many is cut to what the other leaves
+        first = np.minimum(first, count - last)
+    else:
+        last = np.minimum(last, count - first)
+    first, last = np.unique([first.ravel(), last.ravel()], axis=1)
+    layers = (first, count - first - last, last)
     # With one micro-batch embedding and head are gathered once, whatever their placement.
     ends = PLACEMENTS if frame.micro_batches > 1 else PLACEMENTS[-1:]
-    names = ("zero.embedding", "zero.head")
-    choices = ([fixed[name]] if name in fixed else ends for name in names)
+    choices = ([fixed[name]] if name in fixed else ends for name in ("zero.embedding", "zero.head"))
     for embedding, head in itertools.product(*choices):
         yield dataclasses.replace(frame, embedding=embedding, layers=layers, head=head)
 
@@ -68,31 +72,37 @@ def refusal(job: Job, layout: Layout) -> str:
     replica, fsdp, tensor = layout.mesh
     if reason := indivisible(job.shape, tensor):
         return reason
-    if job.rows % (layout.micro_batches * replica * fsdp):
+    count, shards = layout.micro_batches, replica * fsdp
+    if job.rows % (count * shards):
+        rows = -(-job.rows // (count * shards)) * count * shards
+        fewer = [n for n in divisors(job.rows // shards) if n < count] * (not job.rows % shards)
         return (
             f"config.training.batch_size={job.rows} must be a multiple of"
-            f" config.training.micro_batches={layout.micro_batches} × replica={replica} ×"
-            f" fsdp={fsdp}."
+            f" config.training.micro_batches={count} × replica={replica} × fsdp={fsdp}; the nearest"
+            " that fit: "
+            + (f"micro_batches={fewer[-1]}, or " if fewer else "")
+            + f"batch_size={rows}. `python -m experiments.plan --apply=FILE.py` writes a recipe for"
+            " a machine."
         )
     return ""
 
 
-def _meshes(job: Job, machine: Topology, fixed: Fixed) -> Iterator[MeshShape]:
-    """Mesh shapes that fit the machine, `tensor` inside its fastest links."""
+def meshes(job: Job, machine: Topology, fixed: Fixed) -> Iterator[MeshShape]:
+    """Mesh shapes that fit model and machine, `tensor` inside a node or slice."""
     devices = machine.num_devices
-    for tensor in _divisors(devices):
-        if job.shape.num_heads % tensor:
+    for tensor in divisors(devices):
+        if indivisible(job.shape, tensor):
             continue
-        for fsdp in _divisors(devices // tensor):
+        for fsdp in divisors(devices // tensor):
             shape = (devices // tensor // fsdp, fsdp, tensor)
-            wanted = (fixed.get(f"mesh.{axis}", -1) for axis in AXES)
-            if any(w not in (-1, n) for w, n in zip(wanted, shape, strict=True)):
+            if any(fixed.get(f"mesh.{axis}", n) != n for axis, n in zip(AXES, shape, strict=True)):
                 continue
             try:
-                rings = machine.rings(shape)
-            except ValueError:  # it cuts nodes or slices in pieces
+                _, crossing = split(shape, machine.granules)
+                machine.rings(shape)
+            except (ValueError, TypeError):  # it cuts nodes or slices, or JAX finds no place for it
                 continue
-            if all(ring.kind != machine.chip.across.kind for ring in rings[TENSOR_AXIS]):
+            if crossing[AXES.index(TENSOR_AXIS)] == 1:
                 yield shape
 
 
@@ -100,7 +110,7 @@ def _micro_batches(job: Job, mesh: MeshShape, fixed: Fixed) -> list[int]:
     if "training.micro_batches" in fixed:
         return [fixed["training.micro_batches"]]
     rows, left = divmod(job.rows, mesh[0] * mesh[1])
-    return [] if left else _divisors(rows)
+    return [] if left else divisors(rows)
 
 
 def _policies(fixed: Fixed) -> list[tuple[str, str]]:
@@ -113,7 +123,3 @@ def _policies(fixed: Fixed) -> list[tuple[str, str]]:
         if not offload or (saved is not None and set(listed(offload)) <= {"input", *saved}):
             found[remat, offload] = None
     return list(found)
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

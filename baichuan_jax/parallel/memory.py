@@ -21,6 +21,7 @@ import dataclasses
 import numpy as np
 
 from baichuan_jax.config import listed, saved_names
+from baichuan_jax.parallel.chips import Chip
 from baichuan_jax.parallel.layout import Job, Layout, sizes
 
 KINDS = {
@@ -60,13 +61,9 @@ class Memory:
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 
 
-def memory(job: Job, layout: Layout, platform: str) -> Memory:
-    """What a step takes on each device.
-
-    Args:
-      platform: 'tpu' or 'gpu'.
-    """
-    size, K, gpu = sizes(job.model, layout.mesh), layout.micro_batches, platform == "gpu"
+def memory(job: Job, layout: Layout, chip: Chip) -> Memory:
+    """What a step takes on each device."""
+    size, K, gpu = sizes(job.model, layout.mesh), layout.micro_batches, chip.platform == "gpu"
     model, tensor = job.shape, layout.mesh[2]
     D, F, L = model.hidden_size, model.intermediate_size, model.num_layers
     n = layout.tokens(job) / tensor  # a device's share of the activations of so many tokens
@@ -122,10 +119,12 @@ def memory(job: Job, layout: Layout, platform: str) -> Memory:
     if gpu:
         layer = (7 * F + 11 * D) * job.compute * n
         # What is gathered along another dimension than the first is laid out anew: as it is
-        # stored, once more where it is held, and when it is reduced. So are saved q, k and v.
+        # stored, once more where it is held, and when it is reduced. So are saved q, k and v where
+        # attention goes by blocks, which have heads before tokens.
         turned = [matrix for matrix in matrices if matrix.turned]
         masters = 4 * L * sum(matrix.stored for matrix in turned)
-        copies = masters + (job.activation("qkv") * L * n if "qkv" in (saved or ()) else 0.0)
+        by_blocks = not chip.fused_attention and "qkv" in (saved or ())
+        copies = masters + by_blocks * job.activation("qkv") * L * n
     else:
         layer = (2 * F + 13 * D) * job.compute * n
         if layout.mesh[0] > 1:

@@ -184,5 +184,7 @@ def check_fit(mesh: jax.sharding.Mesh, model: ModelConfig, rows: int) -> None:
     if rows % shards:
         raise ValueError(
             f"config.training.batch_size / micro_batches = {rows} rows must be a multiple of"
-            f" replica × fsdp = {shards} devices."
+            f" replica × fsdp = {shards} devices, such as {-(-rows // shards) * shards}: with fewer"
+            " micro-batches, a larger batch or more of config.mesh.tensor."
+            " `python -m experiments.plan --apply=FILE.py` writes a recipe for a machine."
         )

@@ -4,22 +4,23 @@ The paper shards the optimizer over all devices and then decides, layer by layer
 parameters are sharded too, and over how many devices; its rule is not published. Ours: of all
 layouts whose memory is within the device's, the one with the shortest predicted step; but a mesh
 whose `replica` axis is the nodes or slices is preferred to others that are up to 2 % faster, and on
-the mesh, of layouts up to 0.5 % apart, one that offloads nothing, then the one whose collectives
-take the least time, hidden or not, then the one that takes the least memory. So a layer is divided
-no further than memory asks for.
+the mesh, of layouts up to 0.5 % apart, one that offloads nothing, then one of few groups of layers
+(each is a loop of its own, whose last scatters nothing hides), then the one whose collectives take
+the least time, hidden or not, then the one that takes the least memory.
 
 All layouts are looked at: mesh shapes, micro-batches, rematerialisation policies, and how many
 layers are replicated, hierarchical and full. Layers are alike, so counts are all there is to
-choose, and the optimum over counts is the optimum over all 3^layers placements. What makes this
-quick is a bound: what no placement makes shorter.
+choose, and the optimum over counts is the optimum over all 3^layers placements (beyond 128 layers,
+over 128 evenly spread counts). What makes this quick is a bound: what no placement makes shorter.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from baichuan_jax.config import Config
+from baichuan_jax.config import Config, ZeroConfig, validate
 from baichuan_jax.parallel import cost, fitting
 from baichuan_jax.parallel.layout import FIELDS, Job, Layout
 from baichuan_jax.parallel.layouts import Fixed, frames, placements, refusal
@@ -35,7 +36,7 @@ class Plan:
     """A layout, and what it is predicted to take.
 
     Attributes:
-      looked_at: layouts that it was chosen from; 1 where it was given.
+      looked_at: layouts that it was chosen from; 0 where it was given.
     """
 
     job: Job
@@ -44,7 +45,7 @@ class Plan:
     layout: Layout
     memory: Memory
     step: cost.Step
-    looked_at: int = 1
+    looked_at: int = 0
 
     @property
     def limit(self) -> float:
@@ -97,14 +98,25 @@ def plan(
 
     Raises:
       DoesNotFit: see `search`.
-      ValueError: names the setting, and what would be right.
+      ValueError: names the setting, and what would be right. What is chosen here may be wrong in
+        the config.
     """
     rates = {name: _number(name, text) for name, text in map(_split, assumed)}
     assumptions = cost.Assumptions.of(machine.chip, **rates)
-    job = Job.of(config)
     if as_is:
-        return evaluate(job, Layout.of(config, machine.num_devices), machine, assumptions)
-    return search(job, machine, assumptions, dict(_setting(*_split(text)) for text in fixed))
+        if fixed:
+            raise ValueError(
+                "--as_is takes the config's layout: leave out --fix, or set --config.mesh.tensor"
+                " and so on."
+            )
+        validate(config)
+        layout = Layout.of(config, machine.num_devices, machine.granules)
+        return evaluate(Job.of(config), layout, machine, assumptions)
+    settings = dict(_setting(*_split(text)) for text in fixed)
+    _check(config, settings)
+    job = Job.of(config)
+    fitting.check_mesh(job, machine, settings)
+    return search(job, machine, assumptions, settings)
 
 
 def _split(setting: str) -> tuple[str, str]:
@@ -127,7 +139,21 @@ def _setting(name: str, text: str) -> tuple[str, int | str]:
     section, field = name.split(".")
     if isinstance(getattr(getattr(Config(), section), field), str):
         return name, text
-    return name, int(_number(name, text))
+    try:
+        return name, int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text} should be a whole number.") from None
+
+
+def _check(config: Config, settings: Fixed) -> None:
+    """Refuses what cannot be run: of what is chosen, only the given settings count."""
+    config = copy.deepcopy(config)
+    config.zero = ZeroConfig(gradient_dtype=config.zero.gradient_dtype)
+    config.training.micro_batches, config.training.remat, config.training.offload = 1, "matmuls", ""
+    for name, value in settings.items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, value)
+    validate(config)
 
 
 def evaluate(job: Job, layout: Layout, machine: Topology, assumptions: cost.Assumptions) -> Plan:
@@ -139,7 +165,7 @@ def evaluate(job: Job, layout: Layout, machine: Topology, assumptions: cost.Assu
     if reason := refusal(job, layout):
         raise ValueError(reason)
     steps = cost.step(job, layout, machine, assumptions)
-    return Plan(job, machine, assumptions, layout, memory(job, layout, machine.platform), steps)
+    return Plan(job, machine, assumptions, layout, memory(job, layout, machine.chip), steps)
 
 
 def search(
@@ -158,10 +184,10 @@ def search(
     limit = machine.chip.memory * assumptions.margin
     found, fastest, smallest, looked_at = [], np.inf, np.inf, 0
     for bound, frame in frames(job, machine, assumptions, fixed):
-        if bound > fastest * _SAME_MESH:
+        if bound > fastest * _SAME_MESH * _SAME_LAYOUT:
             break
         for layout in placements(job, frame, fixed):
-            peak = memory(job, layout, machine.platform).peak
+            peak = memory(job, layout, machine.chip).peak
             bytes_ = np.broadcast_to(peak, layout.layers[0].shape)
             looked_at += bytes_.size
             smallest = min(smallest, float(bytes_.min()))
@@ -188,14 +214,15 @@ def _choose(found: list[tuple[Layout, list[np.ndarray]]], granules: int) -> Layo
     meshes = [mesh for mesh, seconds in on_mesh.items() if seconds <= fastest * _SAME_MESH]
     mesh = min(meshes, key=lambda mesh: (abs(np.log2(mesh[0] / granules)), on_mesh[mesh]))
 
-    def least(pair: tuple[Layout, list[np.ndarray]]) -> tuple[bool, float, float, int]:
+    def least(pair: tuple[Layout, list[np.ndarray]]) -> tuple:
         layout, (seconds, sending, bytes_) = pair
         equal = np.flatnonzero(seconds <= on_mesh[mesh] * _SAME_LAYOUT)
         if layout.mesh != mesh or not equal.size:
-            return True, np.inf, np.inf, 0
-        first = equal[np.lexsort((bytes_[equal], sending[equal].round(6)))[0]]
-        key = float(sending[first].round(6)), float(bytes_[first])
-        return bool(layout.offload), *key, int(first)
+            return (True,)
+        groups = sum(np.asarray(count)[equal] > 0 for count in layout.layers)
+        keys = (groups, sending[equal].round(6), bytes_[equal])
+        first = np.lexsort(keys[::-1])[0]
+        return bool(layout.offload), *(float(key[first]) for key in keys), int(equal[first])
 
-    best = min(found, key=least)
+    best = min((pair for pair in found if len(least(pair)) > 1), key=least)
     return best[0].take(least(best)[-1])

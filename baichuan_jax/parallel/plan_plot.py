@@ -46,11 +46,8 @@ def _memory(plan: Plan, path: pathlib.Path) -> pathlib.Path:
         if any(values):
             axes.bar(MOMENTS, values, 0.6, bottom=below, color=color, label=kind)
         below = [a + b for a, b in zip(below, values, strict=True)]
-    for place, height in enumerate(below):
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.annotate(
-            f"{height:.1f}", (place, height + 1), ha="center", va="bottom", bbox=box, zorder=3
-        )
+    names = [f"{moment}\n{height:.1f}" for moment, height in zip(MOMENTS, below, strict=True)]
+    axes.set_xticks(range(len(MOMENTS)), names)
     whole = plan.topology.chip.memory / GIB
     axes.axhline(whole, color="black", label=f"the device's {whole:.1f} GiB")
     axes.axhline(plan.limit / GIB, color="black", linestyle=":", label="what the plan may fill")
@@ -62,7 +59,7 @@ def _memory(plan: Plan, path: pathlib.Path) -> pathlib.Path:
 
 
 def _time(plan: Plan, path: pathlib.Path) -> pathlib.Path:
-    """One layer of each placement, compute above what hides behind it; and the whole step."""
+    """One layer of each placement, compute above what hides behind it; and a step by its parts."""
     plt, (figure, (left, right)) = _figure(1, 2, width=11, height=4.5)
     step, rows = plan.step, []
     for placement, count in zip(PLACEMENTS, plan.layout.layers, strict=True):
@@ -81,19 +78,16 @@ def _time(plan: Plan, path: pathlib.Path) -> pathlib.Path:
     left.invert_yaxis()
     left.set_xlabel("ms of one layer")
     left.set_title("what runs at one time")
-    left.legend(frameon=False)
-    start = 0.0
-    for (name, value), color in zip(step.parts.items(), _COLORS * 2, strict=False):
-        if value:
-            hatch = "//" if name in WAITS else ""
-            share = f"{name}, {float(value) / float(step.seconds):.1%}"
-            right.bar([0], [value], 0.5, bottom=start, color=color, hatch=hatch, label=share)
-            start += float(value)
-    right.set_xlim(-0.5, 2.2)
-    right.set_xticks([])
-    right.set_ylabel("seconds of a step")
-    right.set_title(f"{start:.3g} s, {plan.flops / 1e12:.0f} TFLOP/s a device, MFU {plan.mfu:.1%}")
-    right.legend(loc="upper right", frameon=False)
+    figure.legend(loc="outside lower left", ncols=len(lines), frameon=False)
+    parts = {name: float(value) for name, value in step.parts.items() if value}
+    colors = [_COLORS[3 if name in WAITS else 0] for name in parts]
+    bars = right.barh(list(parts), list(parts.values()), color=colors)
+    total = float(step.seconds)
+    right.bar_label(bars, [f"{value / total:.1%}" for value in parts.values()], padding=3)
+    right.margins(x=0.15)
+    right.invert_yaxis()
+    right.set_xlabel("seconds of a step, by what takes them; waits are red")
+    right.set_title(f"{total:.3g} s, {plan.flops / 1e12:.0f} TFLOP/s a device, MFU {plan.mfu:.1%}")
     figure.suptitle(_name(plan))
     return _save(plt, figure, path)
 
@@ -115,7 +109,7 @@ def draw_scaling(series: dict[str, Sequence[Plan]], path: pathlib.Path) -> pathl
         left.plot(devices, speed, "o-", color=color, label=label)
         received = [sum(traffic(plan.job, plan.layout).values()) / 1e9 for plan in plans]
         right.plot(devices, received, "o-", color=color, label=name)
-    left.set_ylim(0, 1.1)
+    left.set_ylim(bottom=0)
     left.set_ylabel("tokens/s a device, of those on the fewest")
     right.set_ylim(bottom=0)
     right.set_ylabel("GB that a device receives in a step")

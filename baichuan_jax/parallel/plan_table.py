@@ -37,7 +37,7 @@ def _head(plan: Plan) -> Iterator[str]:
         f" {machine.chip.memory / GIB:.1f} GiB and {machine.chip.flops / 1e12:,.0f} TFLOP/s"
     )
     yield ""
-    yield f"Chosen of {plan.looked_at:,} layouts:" if plan.looked_at > 1 else "As the config says:"
+    yield f"Chosen of {plan.looked_at:,} layouts:" if plan.looked_at else "As the config says:"
     yield f"  mesh         {show(layout.mesh)}"
     for axis, text in links.items():
         if text:

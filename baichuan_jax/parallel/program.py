@@ -33,7 +33,7 @@ _MOVED = {
     "all-reduce": lambda n: 2 * (n - 1) / n,  # scattered, then gathered
     "all-to-all": lambda n: (n - 1) / n,
     "ragged-all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1.0,
+    "collective-permute": lambda n: n - 1.0,  # between two, or nobody sends
     "collective-broadcast": lambda n: 1.0,
 }
 _PRODUCT_TARGETS = re.compile(r"cublas|cudnn|gemm|matmul|triton|mosaic", re.IGNORECASE)
@@ -248,9 +248,9 @@ class Program:
         return Collective(start.name, kind, shapes, moved, int(times), group, op_name, overlaps)
 
     def _group(self, instruction: Instruction) -> tuple[int, ...]:
-        pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", instruction.attributes)
+        pairs = re.search(r"source_target_pairs=\{(?:\{(\d+),(\d+)\})?", instruction.attributes)
         if pairs:
-            return int(pairs[1]), int(pairs[2])
+            return (int(pairs[1]), int(pairs[2])) if pairs[1] else (0,)
         return first_group(instruction.attributes, self.num_devices)
 
 

@@ -4,12 +4,13 @@ import copy
 import dataclasses
 import json
 import pathlib
+import re
 
 from baichuan_jax.config import Config
 from baichuan_jax.parallel.chips import GIB
 from baichuan_jax.parallel.plan import Plan
 
-_FILE = '''"""{title}
+_FILE = '''"""For {machine}, as planned.
 
 Command:
   python -m experiments.pretrain --config={path} --workdir=DIR \\
@@ -32,6 +33,20 @@ def get_config() -> Config:
 '''
 
 
+def check(path: pathlib.Path) -> None:
+    """Refuses a path that `write` must not write to.
+
+    Raises:
+      ValueError: it does not end in .py, or what is there was not written here.
+    """
+    if path.suffix != ".py":
+        raise ValueError(f"{path} should end in .py, for --config to take it.")
+    if path.exists() and not re.match('"""For .*, as planned\\.\n', path.read_text("utf-8")):
+        raise ValueError(
+            f"{path} is there, and the planner did not write it: name another file, or move that."
+        )
+
+
 def write(plan: Plan, config: Config, path: pathlib.Path, command: str) -> None:
     """Writes the config with the plan's layout, all that differs from `Config`'s defaults.
 
@@ -39,10 +54,9 @@ def write(plan: Plan, config: Config, path: pathlib.Path, command: str) -> None:
       command: that the plan was made with, for the reader.
 
     Raises:
-      ValueError: the path does not end in .py.
+      ValueError: see `check`.
     """
-    if path.suffix != ".py":
-        raise ValueError(f"{path} should end in .py, for --config to take it.")
+    check(path)
     config = copy.deepcopy(config)
     plan.layout.apply(config)
     default, lines = Config(), []
@@ -56,7 +70,7 @@ def write(plan: Plan, config: Config, path: pathlib.Path, command: str) -> None:
                 lines.append(f"    config.{section.name}.{field.name} = {shown}")
     machine = plan.topology
     text = _FILE.format(
-        title=f"For {machine.num_devices:,} × {machine.chip.name} ({machine.name}), as planned.",
+        machine=f"{machine.num_devices:,} × {machine.chip.name} ({machine.name})",
         path=path,
         command=command,
         gib=float(plan.memory.peak) / GIB,

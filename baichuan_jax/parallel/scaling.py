@@ -19,12 +19,14 @@ def machine(chip: str, devices: int) -> Topology:
     """So many devices of a kind: nodes of eight GPUs, or the slice or slices nearest to a cube.
 
     Raises:
-      ValueError: there is no such chip, or it does not come in so many devices.
+      ValueError: there is no such chip, or it does not come in so many devices; says why.
     """
     found = next((one for one in known() if one.name == chip), None)
     if found is None:
         raise ValueError(f"chip={chip!r} must be one of {', '.join(c.name for c in known())}.")
     if found.platform == "gpu":
+        if devices > 8 and devices % 8:
+            raise ValueError(f"{devices} × {chip} are no whole nodes of 8.")
         return parse(f"{chip}:{-(-devices // 8)}x{min(devices, 8)}")
     for slices in (1, 2, 4, 8):
         each = devices / slices / found.per_chip
@@ -66,17 +68,21 @@ def lines(name: str, found: list[plan.Plan]) -> Iterator[str]:
         f"{name}: {found[0].job.tokens // found[0].topology.num_devices:,} tokens a device and step"
     )
     yield (
-        f"  {'machine':18}{'mesh':>13}{'remat':>11}{'layers':>11}{'GiB':>7}{'GB sent':>9}"
-        f"{'waits':>7}{'s a step':>10}{'TFLOP/s':>9}{'MFU':>7}{'efficiency':>12}"
+        f"  {'machine':18}{'mesh':>13}{'remat':>11}{'layers':>11}{'GiB':>7}"
+        f"{'GB received':>13}{'waits':>7}{'s a step':>10}{'TFLOP/s':>9}{'MFU':>7}{'efficiency':>12}"
     )
     for one in found:
         layout = one.layout
-        sent = sum(traffic(one.job, layout).values()) / 1e9
+        received = sum(traffic(one.job, layout).values()) / 1e9
         waits = float(one.step.exposed) / float(one.step.seconds)
         yield (
             f"  {one.topology.name:18}{'×'.join(map(str, layout.mesh)):>13}{layout.remat:>11}"
-            f"{'+'.join(map(str, layout.layers)):>11}{float(one.memory.peak) / GIB:7.1f}{sent:9.1f}"
-            f"{waits:7.1%}{float(one.step.seconds):10.3f}{one.flops / 1e12:9.0f}{one.mfu:7.1%}"
-            f"{one.mfu / found[0].mfu:12.1%}"
+            f"{'+'.join(map(str, layout.layers)):>11}{float(one.memory.peak) / GIB:7.1f}"
+            f"{received:13.1f}{waits:7.1%}{float(one.step.seconds):10.3f}{one.flops / 1e12:9.0f}"
+            f"{one.mfu:7.1%}{one.mfu / found[0].mfu:12.1%}"
         )
-    yield "  layers: replicated + hierarchical + full; GB that a device receives in a step"
+    yield (
+        "  layers: replicated + hierarchical + full; GB of one device and step; efficiency: MFU by"
+        f" that on {found[0].topology.num_devices:,},"
+    )
+    yield "  the fewest that it fits on; above 100 % where memory leaves these only a slow layout"

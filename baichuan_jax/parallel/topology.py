@@ -191,8 +191,8 @@ def nearest(wanted: MeshShape, num_devices: int, granules: int = 1) -> str:
       granules: nodes or slices, none of which may be cut in pieces.
     """
     inside, fitting = num_devices // granules, []
-    for replica in _divisors(num_devices):
-        for fsdp in _divisors(num_devices // replica):
+    for replica in divisors(num_devices):
+        for fsdp in divisors(num_devices // replica):
             shape = (replica, fsdp, num_devices // replica // fsdp)
             if all(math.gcd(n, inside) in (n, inside) for n in (shape[1] * shape[2], shape[2])):
                 fitting.append(shape)
@@ -208,7 +208,8 @@ def show(mesh_shape: MeshShape) -> str:
     return " × ".join(f"{axis}={size}" for axis, size in zip(AXES, mesh_shape, strict=True))
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of a positive number, in ascending order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -254,9 +255,9 @@ def listing() -> Iterator[str]:
     yield "Sources:"
     for chip in known():
         yield f"{chip.name:6}{chip.source}"
-    yield "A machine is CHIP:SHAPE, or CHIP:SHAPE,slices=N of TPUs, or a file MACHINE.json:"
-    example = (__doc__ or "").partition("    {")
-    yield from ("    {" + example[2]).rstrip().splitlines()
+    yield "A machine is CHIP:SHAPE, or CHIP:SHAPE,slices=N of TPUs."
+    start = "A machine that is not as"
+    yield from (start + (__doc__ or "").partition(start)[2]).rstrip().splitlines()
 
 
 def _like(name: str) -> str:
@@ -284,8 +285,10 @@ def _check(topology: Topology, where: str, most_gpus: float) -> None:
         return
 
     def far(other: tuple[int, ...]) -> float:
-        pairs = itertools.zip_longest(sorted(shape), sorted(other), fillvalue=1)
-        return sum(abs(math.log2(max(a, 0.5) / b)) for a, b in pairs)
+        longest_first = (sorted(edges, reverse=True) for edges in (shape, other))
+        pairs = itertools.zip_longest(*longest_first, fillvalue=1)
+        ratios = [math.log2(max(a, 0.5) / b) for a, b in pairs]
+        return 2 * abs(sum(ratios)) + sum(map(abs, ratios))  # by the number of chips and by shape
 
     close = sorted(slice_shapes(chip), key=far)[:4]
     raise ValueError(
@@ -309,6 +312,8 @@ _LINKS = ("inside", "across")
 
 def _read(path: pathlib.Path) -> Topology:
     """A machine by its file, as the module's docstring describes it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"topology {path}: there is no such file.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

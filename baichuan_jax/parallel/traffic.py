@@ -2,7 +2,8 @@
 
 By the formulas of `zero.py`'s gathers and reductions, and of tensor parallelism with activations
 that are split in time between products. The compiled NVIDIA programs move the same
-(`training/ahead.py`).
+(`training/ahead.py`), or less in one case: of a single full layer whose gradients several devices
+keep alike (`Matrix.copies`), XLA sums those of all micro-batches before it reduces them.
 """
 
 import dataclasses
@@ -88,7 +89,7 @@ def layer_activations(job: Job, layout: Layout) -> list[Transfer]:
         return []
     size = layout.tokens(job) * job.shape.hidden_size * job.compute * (tensor - 1) / tensor
     saved = saved_names(layout.remat)
-    again = [] if saved is not None and "attention_out" in saved else ["reduce-scatter"]
+    again = [] if saved is None or "attention_out" in saved else ["reduce-scatter"]
     both = ("all-gather", "reduce-scatter") * 2  # before qkv and gate_up; after out and down
     kinds = {
         "forward": both,

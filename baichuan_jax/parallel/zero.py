@@ -39,7 +39,7 @@ from baichuan_jax.model.transformer import WEIGHTS, Transformer, norm_head
 REPLICA_AXIS, FSDP_AXIS = BATCH_AXES
 
 
-def _axes(entry) -> tuple[str, ...]:
+def axes_of(entry) -> tuple[str, ...]:
     """The mesh axes of one dimension of a spec."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
@@ -58,7 +58,7 @@ def stored_spec(spec: P, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
     `shape` may have more dimensions in front (stacked layers), which stay whole.
     """
     stacked = len(shape) - len(spec)
-    entries = [_axes(entry) for entry in (*[None] * stacked, *spec)]
+    entries = [axes_of(entry) for entry in (*[None] * stacked, *spec)]
     if len(spec) == 1:
         return P(*[None] * stacked, *spec)
 
@@ -250,7 +250,7 @@ def _stages(param: nnx.Param, mesh: jax.sharding.AbstractMesh) -> tuple[P, P, P]
     stored = stored_spec(param.spec, param[...].shape, mesh).partitions[stacked:]
 
     def without(*gathered: str) -> P:
-        entries = (tuple(a for a in _axes(entry) if a not in gathered) for entry in stored)
+        entries = (tuple(a for a in axes_of(entry) if a not in gathered) for entry in stored)
         reduced = gathered if mesh.size > 1 else ()  # JAX has no such mark for a lone device
         return P(*map(_entry, entries), reduced=frozenset(reduced))
 

@@ -8,6 +8,7 @@ products, and whether cuDNN takes a shape.
 """
 
 import collections
+import copy
 import dataclasses
 import itertools
 import math
@@ -74,8 +75,8 @@ class Compiled:
       peak: bytes of a device's memory, at the worst moment; of a TPU program that does not fit,
         what the compiler would have needed.
       arguments: bytes of it that weights, optimizer state and the batch take.
-      temporary: bytes beside these, which do not all live at one time.
       fits: whether `peak` is within the chip's memory.
+      choice: of the compiler's flags.
       text: the program, empty where a TPU's compiler gave up.
       error: the compiler's words in that case.
     """
@@ -84,8 +85,8 @@ class Compiled:
     seconds: float
     peak: float
     arguments: float
-    temporary: float
     fits: bool
+    choice: flags.Choice
     text: str
     error: str = ""
 
@@ -194,7 +195,7 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     training = config.training
     mesh = make_mesh(config.mesh, devices(topology))
     check_fit(mesh, config.model, training.batch_size // training.micro_batches)
-    options = flags.for_training(mesh).options
+    choice = flags.for_training(mesh)
     tx = optimizer.adamw(config.optimizer, training.num_steps)
     loss = step_module.pretraining_loss(config.model, training)
     state = step_module.abstract_state(config, tx, mesh)
@@ -206,32 +207,35 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     number = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.set_mesh(mesh):
         start = time.monotonic()
-        lowered = step_module.compiled_step(config, loss, tx, options).lower(state, number, batch)
+        lowered = step_module.compiled_step(config, loss, tx, choice.options).lower(
+            state, number, batch
+        )
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             seconds, needed = time.monotonic() - start, _needed(str(error))
-            return Compiled(mesh, seconds, needed, 0, 0, False, "", str(error))
+            return Compiled(mesh, seconds, needed, 0, False, choice, "", str(error))
     held = program.memory_analysis()
     return Compiled(
         mesh,
         time.monotonic() - start,
         peak=held.peak_memory_in_bytes,
         arguments=held.argument_size_in_bytes,
-        temporary=held.temp_size_in_bytes,
         fits=held.peak_memory_in_bytes <= topology.chip.memory,
+        choice=choice,
         text=program.as_text(),
     )
 
 
 def lines(config: Config, topology: Topology, compiled: Compiled) -> Iterator[str]:
     """What the compiler made, beside what the plan says of the same config."""
-    job, layout = Job.of(config), Layout.of(config, topology.num_devices)
-    planned, limit = float(memory.memory(job, layout, topology.platform).peak), topology.chip.memory
+    job, layout = Job.of(config), Layout.of(config, topology.num_devices, topology.granules)
+    planned, limit = float(memory.memory(job, layout, topology.chip).peak), topology.chip.memory
     mesh = dict(compiled.mesh.shape)
     yield f"{topology.name}, {show(layout.mesh)}: compiled in {compiled.seconds:.1f} s"
+    yield from (f"  {line}" for line in compiled.choice.lines())
     yield (
         f"memory of a device: {compiled.peak / GIB:.2f} GiB by the compiler,"
         f" {planned / GIB:.2f} GiB by the plan ({planned / compiled.peak - 1:+.1%}); it has"
@@ -240,8 +244,9 @@ def lines(config: Config, topology: Topology, compiled: Compiled) -> Iterator[st
     if compiled.error:
         yield compiled.error.splitlines()[0]
         return
+    yield f"of it {compiled.arguments / GIB:.2f} GiB are weights, optimizer state and the batch"
     program = Program(compiled.text)
-    if topology.platform == "gpu":
+    if topology.platform == "gpu" and program.collectives:
         yield from _traffic(program.collectives, traffic(job, layout), mesh)
     else:
         counts = collections.Counter()
@@ -249,7 +254,7 @@ def lines(config: Config, topology: Topology, compiled: Compiled) -> Iterator[st
             counts[one.kind] += one.times
         shown = ", ".join(f"{times} × {kind}" for kind, times in counts.most_common())
         yield f"collectives: {shown or 'none'}"
-    yield from _shapes(program, config, layout.tokens(job), mesh)
+    yield from _shapes(program, config, topology, mesh)
 
 
 def _traffic(
@@ -272,36 +277,80 @@ def _traffic(
             sizes[f"{one.bytes / 1e6:.3g}"] += one.times
         parts = [f"{size} × {times}" for size, times in sizes.items()]
         parts = parts[:4] + ["…"] * (len(parts) > 4)
-        total, share = sum(one.total for one in found), overlapped_share(found)
+        total = sum(one.total for one in found)
+        share = f"{overlapped_share(found):.1%}" if total else "-"
         yield (
             f"{kind:18} {axes:16} {total / 1e9:8.3f} GB {expected[axes, kind] / 1e9:8.3f} GB"
-            f"  {share:7.1%}  {', '.join(parts)}"
+            f"  {share:>7}  {', '.join(parts)}"
         )
     weights = [one for one in collectives if TENSOR_AXIS not in one.axes(mesh)]
-    yield (
-        f"overlap with matrix products: {overlapped_share(weights):.1%} of the bytes of weights and"
-        f" gradients, {overlapped_share(collectives):.1%} of all"
-    )
+    shares = [
+        f"{overlapped_share(some):.1%} of {what}"
+        for some, what in ((weights, "the bytes of weights and gradients"), (collectives, "all"))
+        if sum(one.total for one in some)
+    ]
+    yield f"overlap with matrix products: {', '.join(shares) or 'nothing is moved'}"
 
 
-def _shapes(program: Program, config: Config, tokens: int, mesh: dict[str, int]) -> Iterator[str]:
-    """Buffers that must not be: of full logits, and of T × T."""
-    model, time, tensor = config.model, config.data.sequence_length, mesh[TENSOR_AXIS]
+def _shapes(
+    program: Program, config: Config, topology: Topology, mesh: dict[str, int]
+) -> Iterator[str]:
+    """Buffers that must not be: of full logits, and of T × T.
+
+    Where a number of tokens is also a width of the model they cannot be told from weights; the step
+    is then compiled once more, with rows of another length.
+    """
+    found = _forbidden(program, config, mesh)
+    if any(found.values()) and not _apart(config, mesh):
+        other = _with_other_rows(config, mesh)
+        if not other:
+            yield (
+                f"buffers of {' and '.join(found)}: cannot be told from weights; another"
+                " config.data.sequence_length shows them"
+            )
+            return
+        yield (
+            f"rows of {config.data.sequence_length:,} tokens look like weights: compiles once more,"
+            f" with rows of {other.data.sequence_length:,}"
+        )
+        found = _forbidden(Program(compile_step(other, topology).text), other, mesh)
+    for what, buffers in found.items():
+        yield f"buffers of {what}: {', '.join(buffers) or 'none'}"
+
+
+def _forbidden(program: Program, config: Config, mesh: dict[str, int]) -> dict[str, list[str]]:
+    time, tokens = config.data.sequence_length, _tokens(config, mesh)
+    vocabulary, tensor = config.model.padded_vocab_size, mesh[TENSOR_AXIS]
+    return {
+        "full logits": full_logits(program, tokens, vocabulary, tensor),
+        "T × T": square_attention(program, time),
+    }
+
+
+def _tokens(config: Config, mesh: dict[str, int]) -> int:
+    """Of a micro-batch, on a device and those that share its rows over `tensor`."""
+    rows = config.training.batch_size // config.training.micro_batches
+    return rows // math.prod(mesh[axis] for axis in BATCH_AXES) * config.data.sequence_length
+
+
+def _apart(config: Config, mesh: dict[str, int]) -> bool:
+    """Whether no number of tokens is a width of the model, or a part of one on the mesh."""
     parts = {
         math.prod(sizes) for n in range(4) for sizes in itertools.combinations(mesh.values(), n)
     }
+    model = config.model
     widths = {size / n for size in (model.hidden_size, model.intermediate_size) for n in parts}
-    for what, unlike, found in (
-        ("full logits", tokens, full_logits(program, tokens, model.padded_vocab_size, tensor)),
-        ("T × T", time, square_attention(program, time)),
-    ):
-        if found and unlike in widths:
-            yield (
-                f"buffers of {what}: cannot be told from weights, for {unlike} is also a width of"
-                " the model; another config.data.sequence_length shows it"
-            )
-        else:
-            yield f"buffers of {what}: {', '.join(found) or 'none'}"
+    return not widths & {config.data.sequence_length, _tokens(config, mesh)}
+
+
+def _with_other_rows(config: Config, mesh: dict[str, int]) -> Config | None:
+    """The config with shorter rows, whose tokens are no width; None where none were found."""
+    other = copy.deepcopy(config)
+    for eighths in (6, 7, 5):
+        other.data.sequence_length = config.data.sequence_length * eighths // 8
+        if _apart(other, mesh):
+            return other
+    return None
 
 
 def _needed(error: str) -> float:

@@ -65,12 +65,12 @@ class Result:
 
     Attributes:
       jobs: an outcome for each.
-      present, used, given_back: machine-seconds; the rest of `present` are spares that were held.
+      present: machine-seconds.
+      given_back: those of them in which no job ran on a machine or held it as a spare.
     """
 
     jobs: tuple[Outcome, ...]
     present: float
-    used: float
     given_back: float
 
 
@@ -82,7 +82,7 @@ def simulate(trace: Trace, works: Sequence[Work]) -> Result:
     cluster = _Cluster(trace, works)
     cluster.run()
     jobs = tuple(run.outcome() for run in cluster.runs)
-    return Result(jobs, cluster.history.machine_seconds, cluster.used_seconds, cluster.given_back)
+    return Result(jobs, cluster.history.machine_seconds, cluster.given_back)
 
 
 def ideal_counts(works: Sequence[Work], machines: int) -> list[int]:
@@ -194,7 +194,7 @@ class _Cluster:
         self.free_at: dict[int, float] = {}  # a job still writes its last checkpoint there
         self.history = History()
         self.last_left = self.last_came = 0.0  # when
-        self.used_seconds = self.given_back = 0.0
+        self.given_back = 0.0
         news = [(change.time, 1, change) for change in trace.changes]
         told = [change for change in trace.changes if change.notice]
         news += [(max(change.time - change.notice, 0.0), 0, change) for change in told]
@@ -217,7 +217,6 @@ class _Cluster:
         free = len(self.present) - used - len(self.leaving.keys() - self.used())
         self.history.seconds += seconds
         self.history.machine_seconds += seconds * len(self.present)
-        self.used_seconds += seconds * used
         self.given_back += seconds * max(free - sum(run.spares for run in self.runs), 0)
         for run in self.runs:
             run.advance(seconds)

@@ -3,19 +3,27 @@
 import dataclasses
 import io
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from baichuan_jax.training.cluster import Work, bound, goodputs, ideal_counts, simulate
+from baichuan_jax.training.metrics import Progress
 from baichuan_jax.training.traces import Trace, draw
+
+# Percent, by policy or interval, kind of trace, and seed.
+Found = dict[str, dict[str, list[float]]]
 
 BOUND = "no cost of change"  # what no policy reaches
 
 
 def _fixed(works: Sequence[Work], machines: int) -> list[Work]:
-    """Jobs that only run on so many machines, divided between them once and for all."""
+    """Jobs that only run on so many machines, divided between them once and for all.
+
+    Raises:
+      ValueError: these are too few for all jobs.
+    """
     counts = ideal_counts(works, machines)
     fitting = zip(works, counts, strict=True)
     return [dataclasses.replace(work, speeds={n: work.speeds[n]}) for work, n in fitting]
@@ -34,45 +42,72 @@ POLICIES: dict[str, Callable[[Sequence[Work], int], list[Work]]] = {
 INTERVALS = {"10 minutes": 600.0, "half an hour": 1_800.0, "2 hours": 7_200.0, "best": None}
 
 
-def goodput(trace: Trace, works: Sequence[Work], chosen: Sequence[Work]) -> float:
-    """Of `chosen`, which are `works` under a policy: the mean over jobs, by their weights."""
-    outcomes = simulate(trace, chosen).jobs
+def goodput(trace: Trace, works: Sequence[Work], chosen: Sequence[Work]) -> tuple[float, float]:
+    """Of `chosen`, which are `works` under a policy.
+
+    Returns:
+      Percent: the mean goodput of the jobs, by their weights; and the machine time given back.
+    """
+    result = simulate(trace, chosen)
     weights = [work.weight for work in works]
-    return float(np.average(goodputs(outcomes, works, trace), weights=weights))
+    mean = float(np.average(goodputs(result.jobs, works, trace), weights=weights))
+    return 100 * mean, 100 * result.given_back / result.present
 
 
 def compare(
     works: Sequence[Work], kinds: Sequence[str], machines: int, days: float, seeds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Goodput by policy, kind of trace and seed; `BOUND` besides."""
-    found = {policy: {kind: [] for kind in kinds} for policy in (*POLICIES, BOUND)}
-    for kind, seed in itertools.product(kinds, range(seeds)):
-        trace = draw(kind, machines, days, seed)
+) -> tuple[Found, Found]:
+    """Goodput of each policy and `BOUND`, and what each policy gives back.
+
+    A policy for which there are too few machines trains nothing and gives back all.
+
+    Raises:
+      ValueError: all machines together are too few for all jobs.
+    """
+    ideal_counts(works, machines)
+    kept = {policy: {kind: [] for kind in kinds} for policy in (*POLICIES, BOUND)}
+    given_back = {policy: {kind: [] for kind in kinds} for policy in POLICIES}
+    for kind, trace in _draw("policies", kinds, machines, days, seeds):
         for policy, choose in POLICIES.items():
-            found[policy][kind].append(goodput(trace, works, choose(works, machines)))
-        found[BOUND][kind].append(bound(works, trace))
-    return found
+            try:
+                found = goodput(trace, works, choose(works, machines))
+            except ValueError:
+                found = 0.0, 100.0
+            kept[policy][kind].append(found[0])
+            given_back[policy][kind].append(found[1])
+        kept[BOUND][kind].append(100 * bound(works, trace))
+    return kept, given_back
 
 
 def compare_intervals(
     works: Sequence[Work], kinds: Sequence[str], machines: int, days: float, seeds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Goodput of the policy by the time between checkpoints, kind of trace and seed."""
+) -> Found:
+    """Goodput of the policy by the time between checkpoints."""
     found = {interval: {kind: [] for kind in kinds} for interval in INTERVALS}
-    for kind, seed in itertools.product(kinds, range(seeds)):
-        trace = draw(kind, machines, days, seed)
+    for kind, trace in _draw("intervals", kinds, machines, days, seeds):
         for interval, seconds in INTERVALS.items():
             chosen = [dataclasses.replace(work, save_every=seconds) for work in works]
-            found[interval][kind].append(goodput(trace, works, chosen))
+            found[interval][kind].append(goodput(trace, works, chosen)[0])
     return found
 
 
+def _draw(
+    phase: str, kinds: Sequence[str], machines: int, days: float, seeds: int
+) -> Iterator[tuple[str, Trace]]:
+    """A trace of each kind and seed, with a line that tells how many are done."""
+    with Progress(phase, len(kinds) * seeds, unit="trace") as progress:
+        progress.update(0)
+        for done, (kind, seed) in enumerate(itertools.product(kinds, range(seeds)), 1):
+            yield kind, draw(kind, machines, days, seed)
+            progress.update(done)
+
+
 def table(title: str, found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Percent, mean ± standard deviation over seeds, as Markdown."""
+    """Mean ± standard deviation over seeds, as Markdown."""
     kinds = list(next(iter(found.values())))
     lines = [f"| {title} | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     for name, by_kind in found.items():
-        cells = [f"{100 * np.mean(by_kind[k]):.1f} ± {100 * np.std(by_kind[k]):.1f}" for k in kinds]
+        cells = [f"{np.mean(by_kind[kind]):.1f} ± {np.std(by_kind[kind]):.1f}" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -89,14 +124,12 @@ def plot(found: Mapping[str, Mapping[str, Sequence[float]]], path: epath.PathLik
     colours = ["#d0d0d0", "#a8a8a8", "#808080", "#e8a33d", "#2b6cb0"]
     for i, (policy, colour) in enumerate(zip(policies, colours, strict=True)):
         x = np.arange(len(kinds)) + (i - (len(policies) - 1) / 2) * width
-        mean, spread = (
-            [100 * of(found[policy][kind]) for kind in kinds] for of in (np.mean, np.std)
-        )
+        mean, spread = ([of(found[policy][kind]) for kind in kinds] for of in (np.mean, np.std))
         style = {"ecolor": "#404040", "capsize": 2, "error_kw": {"linewidth": 0.8}}
         axes.bar(x, mean, 0.92 * width, yerr=spread, color=colour, label=policy, **style)
     for i, kind in enumerate(kinds):
         label = "if changes cost nothing" if i == 0 else None
-        level = 100 * np.mean(found[BOUND][kind])
+        level = np.mean(found[BOUND][kind])
         axes.plot([i - 0.42, i + 0.42], [level, level], color="black", linewidth=1.2, label=label)
     axes.set(ylabel="goodput (%)", ylim=(0, 100), xticks=range(len(kinds)), xticklabels=kinds)
     axes.spines[["top", "right"]].set_visible(False)

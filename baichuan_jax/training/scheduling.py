@@ -154,7 +154,16 @@ def best_interval(pause: float, failures: float) -> float:
     """
     if failures <= 0:
         return math.inf
-    return float(1 + lambertw(-math.exp(-1 - failures * pause)).real) / failures
+    return float(_best(failures * pause)) / failures
+
+
+def _best(y: np.ndarray) -> np.ndarray:
+    """The x from 0 to 1 where (1 − x) exp(x) = exp(−y): the best interval and a pause, × the rate.
+
+    1 + W(−exp(−1 − y)); near 0, where that cancels, W's series at its branch point.
+    """
+    p = np.sqrt(-2 * np.expm1(-np.asarray(y)))
+    return np.where(p < 1e-3, p - p**2 / 3 + 11 / 72 * p**3, 1 + lambertw(-np.exp(-1 - y)).real)
 
 
 def log_efficiency(costs: Costs, failures: np.ndarray, departures: np.ndarray) -> np.ndarray:
@@ -168,7 +177,7 @@ def log_efficiency(costs: Costs, failures: np.ndarray, departures: np.ndarray) -
       failures, departures: of all machines in use, 1/s.
     """
     rate = np.maximum(failures, 1e-12)
-    x = 1 + lambertw(-np.exp(-1 - rate * costs.pause)).real  # rate × the best interval
+    x = _best(rate * costs.pause)  # rate × the best interval
     segment = x + rate * costs.pause
     log_expm1 = segment + np.log(-np.expm1(-segment))
     failed = rate * (costs.restart + costs.save - costs.pause)
@@ -261,10 +270,13 @@ def needs(job: Job, count: int) -> int:
 
 def _check(job: Job) -> None:
     costs, speeds = job.costs, job.speeds
-    if not speeds or min(speeds) < 1 or min(speeds.values()) <= 0:
+    finite = all(0 < speed < math.inf for speed in speeds.values())
+    if not speeds or min(speeds) < 1 or not finite:
         raise ValueError(
             f"speeds={dict(speeds)} must give tokens/s above 0 at one or more counts of machines."
         )
+    if not 0 < job.weight < math.inf:
+        raise ValueError(f"weight={job.weight} must be a positive number.")
     if not 0 < costs.pause <= costs.save or costs.restart <= 0:
         raise ValueError(f"{costs}: restart and pause must be positive, and save at least pause.")
     if job.machines and job.machines not in speeds:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 from etils import epath
 
@@ -56,4 +57,11 @@ def read(path: epath.PathLike) -> dict[str, tuple[dict[int, float], float]]:
         raise ValueError(f"{path} should be {form}, speeds in tokens/s: {error!r}.") from error
     if not jobs:
         raise ValueError(f"{path} holds no job.")
+    for name, (speeds, weight) in jobs.items():
+        fields = {f"speeds.{count}": speed for count, speed in speeds.items()} | {"weight": weight}
+        wrong = [f"{field}={value}" for field, value in fields.items() if not 0 < value < math.inf]
+        if wrong:
+            raise ValueError(f"{path}: {name}.{wrong[0]} should be a positive number.")
+        if not speeds or min(speeds) < 1:
+            raise ValueError(f"{path}: {name}.speeds={speeds} should be of one machine or more.")
     return jobs

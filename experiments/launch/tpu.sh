@@ -19,7 +19,10 @@ usage() {
     exit 2
 }
 
-[ $# -gt 0 ] || usage
+case ${1:-} in
+create | install | run | stop | delete) ;;
+*) usage ;;
+esac
 : "${NAME:?is the name of the TPU: export NAME=...}"
 : "${ZONE:?is its zone: export ZONE=...}"
 slices=${SLICES:-1}
@@ -71,8 +74,5 @@ stop)
     ;;
 delete)
     gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force "$@"
-    ;;
-*)
-    usage
     ;;
 esac

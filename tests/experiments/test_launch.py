@@ -96,6 +96,9 @@ def test_without_arguments_they_say_what_to_do(machine, script):
     done, told = machine.run(script.name)
     assert done.returncode == 2 and not told
     assert f"experiments/launch/{script.name}" in done.stderr and "--config=" in done.stderr
+    done, told = machine.run(script.name, "--help")
+    assert done.returncode == 2 and not told
+    assert f"experiments/launch/{script.name}" in done.stderr and "--config=" in done.stderr
 
 
 def remote(command: str, folder: pathlib.Path) -> list[str]:

@@ -29,6 +29,7 @@ def test_two_jobs_of_a_file(tmp_path):
     assert "13b, tokens/s by machines: 1: 1,000, 2: 2,000" in found.stdout
     assert "| goodput, % | stable | spot |" in found.stdout
     assert "| the policy | 9" in found.stdout and "| best | 9" in found.stdout
+    assert "| given back, % |" in found.stdout and "policies   2/2" in found.stderr
     assert plotted.read_bytes().startswith(b"\x89PNG")
 
 
@@ -38,6 +39,26 @@ def test_a_bad_file_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"jobs\.json (should be|holds no job)"):
         speeds.read(path)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"a": {"speeds": {"1": NaN}}}', "a.speeds.1=nan should be a positive number"),
+        ('{"a": {"speeds": {"1": 2, "4": 0}}}', "a.speeds.4=0.0 should be"),
+        ('{"a": {"speeds": {"1": 2}, "weight": 0}}', "a.weight=0.0 should be"),
+        ('{"a": {"speeds": {"1": 2}, "weight": -1}}', "a.weight=-1.0 should be"),
+        ('{"a": {"speeds": {"1": 2}, "weight": Infinity}}', "a.weight=inf should be"),
+        ('{"a": {"speeds": {}}}', "a.speeds={} should be of one machine or more"),
+        ('{"a": {"speeds": {"0": 2}}}', "a.speeds={0: 2.0} should be of one machine or more"),
+    ],
+)
+def test_figures_that_cannot_be_are_named(tmp_path, text, said):
+    path = tmp_path / "jobs.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as refusal:
+        speeds.read(path)
+    assert str(refusal.value).startswith(f"{path}: {said}")
 
 
 def test_planned_speeds_are_those_of_counts_that_divide_the_batch():

@@ -138,7 +138,8 @@ def test_memory_bound_work():
     tokens = 64 // 8 * T
     logits, elementwise = T / 2 * 8 * 16, (14 * D + 3 * F) * 2
     assert found.forward == pytest.approx(tokens * (logits + elementwise) / 0.5e9)
-    assert found.attention == pytest.approx(tokens * 4 * logits / 0.5e9)  # again; twice backward
+    assert found.again == pytest.approx(found.forward)
+    assert found.backward == pytest.approx(2 * found.forward)
 
 
 def test_what_hides_and_what_waits():
@@ -163,6 +164,27 @@ def test_what_hides_and_what_waits():
     # Held between layers, what has crossed is not sent again.
     held = cost.step(job, layout("hierarchical"), slow, ideal(links=1.0))
     assert held.phases["hierarchical", "backward"].hidden["replica"] == pytest.approx(2 * gather)
+
+
+def test_the_last_layers_come_first_in_the_backward_pass():
+    """Nothing hides their gather; replicated layers have none in that pass."""
+    all_full, mixed, kept = (
+        cost.step(tiny(), layout(layers=layers), MACHINE, ideal(products=1e-4))
+        for layers in ((0, 0, L), (1, 0, L - 1), (L, 0, 0))
+    )
+    assert mixed.phases["replicated", "forward"] == mixed.phases["full", "forward"]
+    assert mixed.parts["waits at the ends"] == all_full.parts["waits at the ends"]
+    assert mixed.parts["waits at the ends"] > kept.parts["waits at the ends"]
+
+
+def test_what_is_held_is_copied():
+    """Read and written twice for each micro-batch."""
+    slow = dataclasses.replace(WIDE, chip=dataclasses.replace(WIDE.chip, bandwidth=1e9))
+    for count in (1, 4):
+        for placement, share in zip(PLACEMENTS, (1, 1 / 4, 0), strict=True):
+            one = layout(placement, micro_batches=count)
+            found = cost.step(tiny(), one, slow, ideal(memory=0.5)).parts["held weights"]
+            assert found == pytest.approx(4 * count * 2 * L * LAYER * share / 0.5e9)
 
 
 def test_gathers_before_the_micro_batches_wait():

@@ -1,5 +1,6 @@
 """Compiler flags: chosen by device, left to the user, checked with the compiler."""
 
+import pathlib
 import re
 
 import jax
@@ -106,20 +107,30 @@ def test_generations_and_versions_differ(monkeypatch):
     assert all(re.match(r"xla_(tpu|jf|enable)_", flag.name) and flag.why for flag in tpu)
 
 
-def test_a_process_is_prepared_only_where_the_cuda_plugin_is(monkeypatch):
+def test_a_process_is_prepared_only_where_the_cuda_plugin_is(monkeypatch, tmp_path):
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
     monkeypatch.setattr(flags.importlib.util, "find_spec", lambda _: None)
     flags.prepare_process()
     assert name not in flags.os.environ
     monkeypatch.setattr(flags.importlib.util, "find_spec", lambda _: object())
+    there = []
+    monkeypatch.setattr(pathlib.Path, "glob", lambda *_: there)  # of NVIDIA's driver
     flags.prepare_process()
     assert flags.os.environ[name] == "0.93"
-    options = "--xla_gpu_analytical_latency_estimator_options=gpus_per_node=8"
-    assert flags.os.environ["XLA_FLAGS"].startswith(f"--xla_one=1 {options},")
+    options = "--xla_gpu_analytical_latency_estimator_options="
+    start = f"--xla_one=1 {options}gpus_per_node=8,nic_speed_gbps=400,"
+    assert flags.os.environ["XLA_FLAGS"].startswith(start)
     monkeypatch.setenv(name, "0.5")
-    monkeypatch.setenv("XLA_FLAGS", f"{options}0")
+    monkeypatch.setenv("XLA_FLAGS", f"{options}1")
     flags.prepare_process()
-    assert flags.os.environ["XLA_FLAGS"] == f"{options}0"
+    assert flags.os.environ["XLA_FLAGS"] == f"{options}1"
     assert flags.os.environ[name] == "0.5"
+    monkeypatch.setenv("XLA_FLAGS", "")
+    (tmp_path / "information").write_text("Model: \t\t NVIDIA A800-SXM4-80GB\nIRQ: 7\n")
+    there = [tmp_path / "information"] * 4
+    flags.prepare_process()
+    assert "gpus_per_node=4,nic_speed_gbps=200," in flags.os.environ["XLA_FLAGS"]
+    assert flags.os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

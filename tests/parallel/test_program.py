@@ -155,6 +155,13 @@ def test_other_kinds():
     assert (reduce.bytes, len(reduce.group)) == (2 * (8 + 4) * 7 / 8, 8)
 
 
+def test_a_permute_in_which_nobody_sends():
+    lines = (X, "%p = f32[8,8] collective-permute(%x), channel_id=1, source_target_pairs={}")
+    (permute,) = Program(HEAD + entry(*lines)).collectives
+    assert (permute.kind, permute.bytes, permute.group) == ("collective-permute", 0, (0,))
+    assert permute.axes(MESH) == ()
+
+
 @pytest.mark.parametrize(
     ("text", "group"),
     [

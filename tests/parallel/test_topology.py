@@ -155,12 +155,13 @@ def test_every_shape_that_is_offered_is_taken():
         ("h200:1x8,slice=2", "should be CHIP:SHAPE"),
         ("h200:8", "should be CHIP:SHAPE"),
         ("v5e:16x17", "v5e has no slice 16x17; the nearest are v5e:16x16"),
-        ("v5e:4x4x4", "v5e has no slice 4x4x4; the nearest are v5e:4x4"),
+        ("v5e:4x4x4", "v5e has no slice 4x4x4; the nearest are v5e:8x8"),
         ("v5e:0x4", "v5e has no slice 0x4"),
         ("v5p:8x8x15", "v5p has no slice 8x8x15; the nearest are v5p:8x8x16"),
         ("v5p:16x8x8", "the nearest are v5p:8x8x16"),
         ("v5p:16x16x28", "up to 6,144 chips"),
-        ("v4:4x4", "v4 has no slice 4x4; the nearest are v4:4x4x4"),
+        ("v4:4x4", "v4 has no slice 4x4; the nearest are v4:2x2x4"),
+        ("v5p:16x16", "v5p has no slice 16x16; the nearest are v5p:4x4x16, v5p:4x8x8"),
         ("v5p:4x4x4,slices=0", "slices=0 should be 1 or more"),
         ("h200:2x16", "nodes × GPUs of a node, 8 at most, such as h200:4x8"),
         ("h200:0x8", "such as h200:1x8"),
@@ -199,6 +200,8 @@ def test_listing():
         assert f"\n{chip.name:6}" in shown and chip.source in shown
     assert "\nv5p      95.74    459.0   2,765   ICI 90 × links  DCN 6.25 " in shown
     assert "16x16" in shown and "CHIP:SHAPE,slices=N" in shown
+    assert "file MACHINE.json. Only `chip` and `shape`\nmust be there" in shown
+    assert shown.endswith('"microseconds": 10}}')
 
 
 def write(folder, **fields) -> str:
@@ -283,5 +286,7 @@ def test_files_that_are_no_objects(tmp_path, text):
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError, match=r"topology nowhere/machine\.json: there is no such"
+    ):
         parse("nowhere/machine.json")

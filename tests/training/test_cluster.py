@@ -108,13 +108,12 @@ def test_a_spare_stands_in_and_other_jobs_go_on():
     result = simulate(trace, fixed)
     assert result.jobs[0].tokens == pytest.approx(2 * (5_000 - 2_300))  # on a spare
     assert result.present == pytest.approx(6 * 5_000 - 3_000)
-    assert result.used == pytest.approx(4 * 5_000)
     assert result.given_back == 0  # without a spare a loss stops it
 
 
 def test_machines_that_gain_nothing_are_given_back():
     result = simulate(Trace(4, 5_000.0, ()), [Work({1: 1.0, 2: 2.0}, COSTS)])
-    assert (result.used, result.given_back) == (10_000, 10_000)
+    assert (result.present, result.given_back) == (20_000, 10_000)
 
 
 def test_a_job_that_shrinks_hands_over_when_it_has_saved():
@@ -171,9 +170,9 @@ def test_what_cannot_be_is_refused():
 
 @pytest.fixture(scope="module")
 def compared():
-    """Ten machines, any count of them; two days of each kind, two seeds."""
+    """Ten machines, any count of them; two days of each kind, two seeds. Goodput in percent."""
     work = Work({n: float(n) for n in range(1, 11)}, Costs(restart=600, pause=15, save=60))
-    return compare([work], list(KINDS), machines=10, days=2, seeds=2)
+    return compare([work], list(KINDS), machines=10, days=2, seeds=2)[0]
 
 
 def test_the_policy_is_no_worse_than_any_other(compared):
@@ -181,11 +180,24 @@ def test_the_policy_is_no_worse_than_any_other(compared):
     for policy, kind in itertools.product(compared, KINDS):
         ours = means["the policy", kind]
         if policy == BOUND:
-            assert ours < means[policy, kind] <= 1
+            assert ours < means[policy, kind] <= 100
         else:
-            assert ours >= means[policy, kind] - 0.003, (policy, kind)
+            assert ours >= means[policy, kind] - 0.3, (policy, kind)
     for kind in ("spot", "spot, no notice"):  # and better where restarts are many
         assert means["the policy", kind] > 1.04 * means["grows at once", kind]
+
+
+def test_what_has_too_few_machines_trains_nothing(capsys):
+    """A job that runs on all four or not at all leaves no spare."""
+    work = Work({4: 1.0}, COSTS)
+    kept, given_back = compare([work], ["stable"], machines=4, days=1, seeds=1)
+    assert kept["fixed, all machines"]["stable"] == kept["the policy"]["stable"] > [50]
+    assert given_back["fixed, all machines"]["stable"] == [0]
+    for policy in ("fixed, an eighth spare", "fixed, half spare"):
+        assert (kept[policy]["stable"], given_back[policy]["stable"]) == ([0], [100])
+    assert "policies   1/1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="3 machines are too few: the jobs need 4"):
+        compare([work], ["stable"], machines=3, days=1, seeds=1)
 
 
 def test_table_and_plot(compared, tmp_path):
@@ -193,6 +205,6 @@ def test_table_and_plot(compared, tmp_path):
     assert len(lines) == 2 + len(compared)
     mean, spread = (float(x) for x in lines[-1].split("|")[2].split("±"))
     stable = compared[BOUND]["stable"]
-    assert (mean, spread) == (round(100 * np.mean(stable), 1), round(100 * np.std(stable), 1))
+    assert (mean, spread) == (round(np.mean(stable), 1), round(np.std(stable), 1))
     plot(compared, tmp_path / "goodput.png")
     assert (tmp_path / "goodput.png").read_bytes().startswith(b"\x89PNG")

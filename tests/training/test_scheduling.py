@@ -55,6 +55,11 @@ def test_best_interval_loses_least_and_nears_youngs():
     assert best_interval(pause, rate) == pytest.approx(taus[np.argmax(kept)], abs=0.2)
     assert best_interval(1, 1e-6) == pytest.approx(math.sqrt(2 / 1e-6), rel=1e-3)
     assert best_interval(pause, 0) == math.inf
+    for rate_of_few in (1e-9, 1e-12, 1e-15):  # where 1 + W cancels
+        expected = pytest.approx(math.sqrt(2e-5 / rate_of_few), rel=1e-5)
+        assert best_interval(1e-5, rate_of_few) == expected
+        rates = np.array([rate_of_few]), np.array([0.0])
+        assert -1e-6 < log_efficiency(Costs(1e-3, 1e-5, 1e-5), *rates) < 0
     share = np.exp(log_efficiency(Costs(300, pause, pause), np.array([rate]), np.array([0.0])))
     assert share == pytest.approx(rate * kept.max() * math.exp(-rate * 300), rel=1e-6)
 
@@ -246,6 +251,8 @@ def test_divide_by_weight_and_leaves_alone_what_runs():
     [
         ({"speeds": {}}, "speeds={} must give tokens/s"),
         ({"speeds": {2: 0.0}}, "speeds="),
+        ({"speeds": {1: 1.0, 2: math.nan}}, "speeds="),
+        ({"weight": 0.0}, "weight=0.0 must be a positive number"),
         ({"costs": Costs(300, 0, 60)}, "restart and pause must be positive"),
         ({"costs": Costs(300, 90, 60)}, "save at least pause"),
         ({"machines": 5}, "a count that has a speed: 1, 2, 3, 4, 6, 8"),
