@@ -86,7 +86,8 @@ def attention(
         )
     mesh = jax.sharding.get_abstract_mesh()
     device = jax.devices()[0] if mesh.empty else mesh.abstract_device
-    name = choose(device.platform, device.device_kind, q_BTHK.dtype.name, q_BTHK.shape[-1])
+    kind = device.platform, device.device_kind, q_BTHK.dtype.name, q_BTHK.shape[-1]
+    name = choose(*kind, slopes_H is not None)
     kernel = _KERNELS[name]
     if mesh.empty:
         return kernel(q_BTHK, k, v, positions_BT, keys.segments_BT, slopes_H)
@@ -98,8 +99,10 @@ def attention(
 
 
 @functools.cache
-def choose(platform: str, device_kind: str, dtype: str, head_size: int) -> str:
+def choose(platform: str, device_kind: str, dtype: str, head_size: int, biased: bool) -> str:
     """The kernel for packed rows on such a device, by name; logs it and why, once.
+
+    With ALiBi if `biased`, else without.
 
     Raises:
       ValueError: the environment variable BAICHUAN_ATTENTION names no kernel.
@@ -107,25 +110,27 @@ def choose(platform: str, device_kind: str, dtype: str, head_size: int) -> str:
     asked = os.environ.get(VARIABLE, "")
     if asked and asked not in _KERNELS:
         raise ValueError(f"{VARIABLE}={asked}: should be one of {', '.join(_KERNELS)}, or unset")
-    name, why = _by_platform(platform, device_kind, dtype, head_size)
+    name, why = _by_platform(platform, device_kind, dtype, head_size, biased)
     if asked:
         name, why = asked, f"{VARIABLE} says so"
     if name != "blockwise" and not check.here(device_kind):
         why += "; not tried, for none is here"
     elif name != "blockwise":
-        problem = check.problem(_KERNELS[name], device_kind, dtype, head_size)
+        problem = check.problem(_KERNELS[name], device_kind, dtype, head_size, biased)
         if problem:
             logging.warning("Attention: %s is not used. %s", name, problem)
             name, why = "blockwise", f"{name} failed its test"
-    where = f"{device_kind}, {dtype}, heads of {head_size}"
+    where = f"{device_kind}, {dtype}, heads of {head_size}{' with ALiBi' if biased else ''}"
     logging.info("Attention on %s: %s (%s)", where, name, why)
     return name
 
 
-def _by_platform(platform, device_kind, dtype, head_size) -> tuple[str, str]:
-    if platform == "tpu":
+def _by_platform(platform, device_kind, dtype, head_size, biased) -> tuple[str, str]:
+    if platform == "tpu" and dtype == "bfloat16":
         return "splash", "a TPU"
+    if platform == "tpu":
+        return "blockwise", f"splash is for bfloat16, not for {dtype}"
     if platform in ("gpu", "cuda"):
-        reason = cudnn.unfit(device_kind, dtype, head_size)
+        reason = cudnn.unfit(device_kind, dtype, head_size, biased)
         return ("blockwise", reason) if reason else ("cudnn", "an NVIDIA GPU")
     return "blockwise", f"no other kernel for {platform}"

@@ -134,12 +134,15 @@ def memory(job: Job, layout: Layout, chip: Chip) -> Memory:
         gathered *= 1.2
         reduced += 4 * whole
         # Zeros are made early: those of the embedding's gradient before the passes, and in a loop
-        # over micro-batches, of which the first or last is taken apart, all of them twice.
+        # over micro-batches, of which the first or last is taken apart, twice, but for those of
+        # ends that are gathered in it.
         zeros = embedding
         if K > 1:
             stacks = 2 * stacks
         if K > 2:
-            zeros, head, twice = 2 * embedding, 2 * head, kept
+            twice = kept
+            zeros = embedding * (1 if layout.embedding == "full" else 2)
+            head = head * (1 if layout.head == "full" else 2)
         if K == 1:
             copies = copies + job.compute * sum(matrix.whole for matrix in turned) * replicated
         turning = 4 * size.head.whole if size.head.turned else 0.0

@@ -118,13 +118,15 @@ def kernels(device: jax.Device, dtype: str, head_size: int) -> tuple[dict[str, C
     if device.platform == "tpu":
         found["splash"] = splash.attention
     if device.platform == "gpu":
-        if reason := cudnn.unfit(device.device_kind, dtype, head_size):
+        if reason := cudnn.unfit(device.device_kind, dtype, head_size, True):
             problems.append(f"not cudnn: {reason}")
         else:
             found["cudnn"] = cudnn.attention
     for name, kernel in found.items():
-        if problem := check.problem(kernel, device.device_kind, dtype, head_size):
-            problems.append(f"{name} IS NOT RIGHT HERE: {problem}")
+        for biased in (False, True):
+            problem = check.problem(kernel, device.device_kind, dtype, head_size, biased)
+            if problem:
+                problems.append(f"{name} IS NOT RIGHT HERE: {problem}")
     return found | {"blockwise": blockwise.attention}, problems
 
 
@@ -149,7 +151,7 @@ def _peers(load: Load, length: int, kind: str, device: jax.Device) -> dict[tuple
     needed = {("xla", rows): 12 * B * H * T * T for rows in _ROWS}  # logits and their gradients
     if device.platform == "gpu":
         bias = 6 * H * T * T if kind == "ALiBi" else 0
-        needed |= {("cudnn", "whole"): bias, ("cudnn", "packed"): bias + 5 * B * T * T}
+        needed |= {("cudnn", "whole"): bias, ("cudnn", "packed"): B * bias + 5 * B * T * T}
     return {
         (f"jax.nn {name}", rows): functools.partial(public, name, rows == "packed")
         for (name, rows), size in needed.items()

@@ -31,7 +31,7 @@ ROWS, LENGTH = 8, 4_096  # of a step: 32,768 tokens
 # second is what several devices, which divide the weights, have memory for with all of them.
 LAYOUTS = {"full": 1, "matmuls": 2}
 
-CHUNKS = (TrainingConfig().loss_chunk, TrainingConfig().loss_chunk // 2)  # of the head's tokens
+CHUNKS = tuple(TrainingConfig().loss_chunk // part for part in (1, 2, 4))  # of the head's tokens
 
 # Bytes beside 16 of a parameter (weights, moments, gradients; 4 more where micro-batches add up)
 # and what is saved of the layers. With them the compiler's total for H200 is up to 2 GiB below.

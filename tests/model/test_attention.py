@@ -1,5 +1,7 @@
 """Attention on a CPU beside a dense float64 reference, and which kernel is chosen where."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def test_bfloat16_keeps_alibi_exact():
 
 
 def test_no_buffer_of_all_pairs():
-    T = 2_048
+    T = 32_768
     x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
     where = jax.ShapeDtypeStruct((1, T), jnp.int32)
 
@@ -75,7 +77,9 @@ def test_no_buffer_of_all_pairs():
         return attention(q, k, v, positions, Packed(segments)).sum()
 
     lowered = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x, where, where)
-    assert f"{T},{T}" not in lowered.compile().as_text()
+    compiled = lowered.compile()
+    assert f"{T},{T}" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < T * T
 
 
 @pytest.mark.parametrize(
@@ -87,16 +91,24 @@ def test_no_buffer_of_all_pairs():
         (("gpu", "NVIDIA H200"), "float32", 128, "blockwise"),
         (("gpu", "NVIDIA H200"), "bfloat16", 100, "blockwise"),
         (("gpu", "NVIDIA H200"), "bfloat16", 256, "blockwise"),
+        (("tpu", "TPU v5 lite"), "float32", 128, "blockwise"),
         (("gpu", "NVIDIA A100-SXM4-80GB"), "bfloat16", 128, "blockwise"),
         (("cpu", "cpu"), "bfloat16", 128, "blockwise"),
     ],
 )
 def test_each_platform_has_its_kernel(device, dtype, head_size, kernel):
-    assert module.choose.__wrapped__(*device, dtype, head_size) == kernel
+    assert module.choose.__wrapped__(*device, dtype, head_size, True) == kernel
+
+
+def test_heads_may_be_wider_without_alibi():
+    assert module.choose.__wrapped__("gpu", "NVIDIA H200", "bfloat16", 256, False) == "cudnn"
 
 
 @pytest.fixture
 def log(monkeypatch):
+    """What is logged; choices are not kept, and tests of kernels are short."""
+    monkeypatch.setattr(module, "choose", functools.cache(module.choose.__wrapped__))
+    monkeypatch.setattr(module.check, "_T", 200)
     lines = []
     for level in ("info", "warning"):
 
@@ -115,7 +127,7 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch, log):
 
     monkeypatch.setitem(module._KERNELS, "splash", without_bias)
     monkeypatch.setenv(module.VARIABLE, "splash")
-    assert module.choose.__wrapped__("cpu", "cpu", "float32", 16) == "blockwise"
+    assert module.choose.__wrapped__("cpu", "cpu", "float32", 16, True) == "blockwise"
     assert "warning: Attention: splash is not used. ALiBi, whole rows: output is off" in log[0]
     assert log[1].endswith("blockwise (splash failed its test)")
 
@@ -142,12 +154,11 @@ def test_a_kernel_that_is_right_is_used_also_within_a_program(monkeypatch, log):
         split = jax.P("replica")
         got = program(jax.device_put(x, split), jax.device_put(where, split))
     np.testing.assert_allclose(got, 1.0, rtol=1e-6)
-    assert calls and log == [
-        "info: Attention on cpu, float32, heads of 24: splash (BAICHUAN_ATTENTION says so)"
-    ]
+    where = "cpu, float32, heads of 24 with ALiBi"
+    assert calls and log == [f"info: Attention on {where}: splash (BAICHUAN_ATTENTION says so)"]
 
 
 def test_an_unknown_kernel_is_refused(monkeypatch):
     monkeypatch.setenv(module.VARIABLE, "flash")
     with pytest.raises(ValueError, match=r"BAICHUAN_ATTENTION=flash: .*splash, cudnn, blockwise"):
-        module.choose.__wrapped__("cpu", "cpu", "float32", 16)
+        module.choose.__wrapped__("cpu", "cpu", "float32", 16, True)

@@ -154,13 +154,14 @@ def test_what_is_trained_fits_the_card(model, remat):
 
 
 @pytest.mark.aot
-def test_temporaries_of_the_head():
+@pytest.mark.parametrize("model", [RECIPES["7B"].model, HALF], ids=["7b", "13b_half"])
+def test_temporaries_of_the_head(model):
     """At most 2.3 GiB for 32,768 tokens, beside what the head's gradient takes anyhow."""
     pytest.importorskip("jax_plugins.xla_cuda13")
     device = ahead.devices(topology.parse("h200:1x1"))[0]
     here = jax.sharding.SingleDeviceSharding(device)
-    model, chunk = RECIPES["7B"].model, gpu.CHUNKS[-1]
-    shapes = [((8, 4_096, 4_096), "bfloat16"), ((125_696, 4_096), "float32")]
+    chunk, D = gpu.CHUNKS[-1], model.hidden_size
+    shapes = [((8, 4_096, D), "bfloat16"), ((125_696, D), "float32")]
     shapes += [((8, 4_096), "int32"), ((8, 4_096), "bool")]
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=here) for shape in shapes]
     run = jax.value_and_grad(functools.partial(gpu.head_loss, model, chunk), (0, 1))

@@ -27,17 +27,22 @@ _WIDEST = 256  # columns of a head
 # Documents of a row, on average over a device's rows; cuDNN's statistics take space for so many.
 DOCUMENTS = 32
 
+# XLA does not tell cuDNN how many tokens there are in all, so that its backward pass takes room for
+# a float32 dQ of T tokens for each of these documents. Heads go a few at a time, within so much.
+SPACE = 1 << 30
 
-def unfit(device_kind: str, dtype: str, head_size: int) -> str:
-    """Why cuDNN cannot attend there to packed rows; empty: it can."""
+
+def unfit(device_kind: str, dtype: str, head_size: int, biased: bool) -> str:
+    """Why cuDNN cannot attend there to packed rows, with ALiBi or without; empty: it can."""
     if jax.__version_info__[:2] not in _VERSIONS:
         return f"cuDNN's interface of jax {jax.__version__} has not been read"
     if not any(name in device_kind.split() for name in _HOPPER):
         return f"cuDNN packs documents on Hopper or later, not on {device_kind}"
     if dtype != "bfloat16":
         return f"cuDNN attends in bfloat16, not in {dtype}"
-    if head_size % 8 or head_size + COLUMNS > _WIDEST:
-        return f"heads of {head_size}: cuDNN takes multiples of 8 up to {_WIDEST - COLUMNS}"
+    widest = _WIDEST - COLUMNS * biased
+    if head_size % 8 or head_size > widest:
+        return f"heads of {head_size}: cuDNN takes multiples of 8 up to {widest}"
     return ""
 
 
@@ -49,7 +54,13 @@ def attention(
     segments_BT: jax.Array,
     slopes_H: jax.Array | None,
 ) -> jax.Array:
-    """`model.attention.attention` among tokens in order; in blocks where documents are too many."""
+    """`model.attention.attention` among tokens in order; in blocks where there are too many.
+
+    That is, of documents, or of tokens on a device, whose places cuDNN counts in 32 bits.
+    """
+    B, T, H, K = q_BTHK.shape
+    if B * T * H * (K + COLUMNS) >= 2**31:
+        return blockwise.attention(q_BTHK, k_BTHK, v_BTHK, positions_BT, segments_BT, slopes_H)
     return _attend(q_BTHK, k_BTHK, v_BTHK, positions_BT, segments_BT, slopes_H)
 
 
@@ -132,6 +143,26 @@ def _cudnn_forward(q, k, v, positions_BT, segments_BT, slopes_H):
 
 
 def _cudnn_backward(q, k, v, positions_BT, segments_BT, slopes_H, out, lse_BHT, d_out):
+    """A few heads after the other: see SPACE."""
+    B, T, H, K = q.shape
+    one = B * DOCUMENTS * T * (K + COLUMNS) * 4
+    heads = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or n * one <= SPACE))
+
+    def split(x, axis):
+        parts = x.reshape(*x.shape[:axis], H // heads, heads, *x.shape[axis + 1 :])
+        return jnp.moveaxis(parts, axis, 0)
+
+    def gradients(part):
+        (q, k, v, out, d_out), lse_BHT, slopes_H = part
+        where = positions_BT, segments_BT, slopes_H
+        return _gradients_of_some(q, k, v, *where, out, lse_BHT, d_out)
+
+    slopes = None if slopes_H is None else split(slopes_H, 0)
+    parts = [split(x, 2) for x in (q, k, v, out, d_out)], split(lse_BHT, 1), slopes
+    return tuple(jnp.moveaxis(d, 0, 2).reshape(q.shape) for d in jax.lax.map(gradients, parts))
+
+
+def _gradients_of_some(q, k, v, positions_BT, segments_BT, slopes_H, out, lse_BHT, d_out):
     (B, T), H, K = segments_BT.shape, q.shape[2], q.shape[-1]
     q, k, v, scale = _with_bias(q, k, v, positions_BT, slopes_H)
     operands, document_N, place_N = _operands(q, k, v, segments_BT)

@@ -90,6 +90,25 @@ def test_packed_rows_match_the_dense_formula(seed, position):
         np.testing.assert_allclose(got, want, atol=3e-5)
 
 
+@pytest.mark.parametrize("position", ["rope", "alibi"])
+def test_heads_a_few_at_a_time(monkeypatch, position):
+    """As many as there is space for in cuDNN's backward pass, at least one."""
+    monkeypatch.setattr(cudnn, "SPACE", 1)
+    positions, segments = dense.packed(B, T, np.random.default_rng(5))
+    jax.clear_caches()  # of programs of all heads
+    for got, want in zip(*_run(segments, positions, position), strict=True):
+        np.testing.assert_allclose(got, want, atol=3e-5)
+    jax.clear_caches()
+
+
+def test_more_tokens_than_32_bits_count_go_through_blocks(monkeypatch):
+    monkeypatch.setattr(cudnn, "_attend", None)
+    x = jax.ShapeDtypeStruct((1, 2**19, 32, 128), jnp.bfloat16)
+    where = jax.ShapeDtypeStruct((1, 2**19), jnp.int32)
+    out = jax.eval_shape(lambda x, at: cudnn.attention(x, x, x, at, at, None), x, where)
+    assert out.shape == x.shape
+
+
 def test_padding_before_and_between_documents():
     segments = np.repeat(np.int32([[0, 3, 0, 4], [5, 0, 6, 0]]), [7, 20, 3, 18], axis=1)
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
@@ -115,7 +134,7 @@ def test_a_row_may_have_more_documents_than_another_leaves():
 
 def test_another_jax_is_not_trusted(monkeypatch):
     monkeypatch.setattr(cudnn.jax, "__version_info__", (1, 0, 0))
-    assert "has not been read" in cudnn.unfit("NVIDIA H200", "bfloat16", 128)
+    assert "has not been read" in cudnn.unfit("NVIDIA H200", "bfloat16", 128, True)
 
 
 def test_what_is_saved_has_its_name():

@@ -11,7 +11,7 @@ from baichuan_jax.model.kernels import blockwise, splash
 from baichuan_jax.model.position import alibi_slopes
 from tests.model.kernels import dense
 
-B, T, H, K = 2, 200, 2, 64
+B, T, H, K = 2, 200, 2, 128  # of which 1/√K is no power of two
 NAMES = ("output", "dq", "dk", "dv")
 KERNELS = {
     "blockwise": blockwise.attention,
