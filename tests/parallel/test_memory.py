@@ -17,7 +17,8 @@ RECIPES = {"7B": baichuan2_7b, "13B": baichuan2_13b}
 
 # GiB of a device at the peak, by `training.ahead.compile_step` on 24 November 2026 (jax 0.10.2,
 # libtpu 0.0.42). Model, machine, mesh, rows of a micro-batch on a device, micro-batches, remat,
-# layers by placement, placement of embedding and head.
+# layers by placement, placement of embedding and head. The last are what the plan chooses; the TPU
+# rows before them are of programs whose attention still went through blocks.
 R, H, Z = "replicated", "hierarchical", "full"
 COMPILED = [
     ("7B", "v5e:16x16", (1, 256, 1), 1, 4, "attention", (1, 0, 31), R, Z, 13.69),
@@ -63,6 +64,19 @@ COMPILED = [
     ("13B", "h100:128x8", (128, 4, 2), 2, 1, "full", (0, 0, 40), Z, Z, 4.62),
     ("13B", "h100:128x8", (128, 4, 2), 2, 1, "matmuls", (40, 0, 0), Z, Z, 34.31),
     ("13B", "h100:128x8", (128, 1, 8), 8, 1, "matmuls", (40, 0, 0), Z, Z, 23.58),
+    ("7B", "v5e:16x16", (1, 256, 1), 1, 4, "attention", (0, 0, 32), R, Z, 12.32),
+    ("7B", "v6e:16x16", (1, 256, 1), 2, 2, "matmuls", (0, 0, 32), Z, Z, 27.32),
+    ("13B", "v6e:16x16", (1, 256, 1), 1, 4, "matmuls", (0, 0, 40), R, Z, 27.22),
+    ("7B", "v5p:4x4x8", (1, 128, 1), 4, 2, "matmuls", (0, 32, 0), R, R, 57.51),
+    ("13B", "v5p:4x4x8", (1, 128, 1), 4, 2, "matmuls", (0, 40, 0), R, R, 86.66),
+    ("7B", "v5p:8x8x16", (1, 1024, 1), 1, 1, "matmuls", (0, 0, 32), Z, Z, 15.42),
+    ("13B", "v5p:8x8x16", (1, 1024, 1), 1, 1, "matmuls", (0, 0, 40), Z, Z, 22.80),
+    ("7B", "v5p:8x8x8,slices=2", (2, 512, 1), 1, 1, "matmuls", (0, 32, 0), Z, Z, 16.08),
+    ("13B", "v5p:8x8x8,slices=2", (2, 512, 1), 1, 1, "matmuls", (0, 40, 0), Z, Z, 24.06),
+    ("7B", "h200:1x8", (1, 8, 1), 4, 32, "matmuls", (0, 32, 0), Z, Z, 116.00),
+    ("13B", "h200:1x8", (1, 8, 1), 2, 64, "matmuls", (0, 40, 0), Z, Z, 112.06),
+    ("7B", "h100:128x8", (64, 16, 1), 1, 1, "matmuls", (0, 32, 0), Z, Z, 17.66),
+    ("13B", "h100:128x8", (64, 16, 1), 1, 1, "matmuls", (0, 40, 0), Z, Z, 25.81),
 ]
 
 
