@@ -22,7 +22,8 @@ from baichuan_jax.parallel import topology
 from baichuan_jax.parallel.flags import describe_network
 from baichuan_jax.training import ahead
 from baichuan_jax.training.metrics import quiet_logs
-from experiments.errors import in_one_line, parse_flags
+from experiments.errors import in_one_line
+from experiments.recipe_flags import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE, as h200:1x8 or v5e:16x16; 'list'.")

@@ -21,7 +21,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from baichuan_jax.data.prepare import plan as preparing
-from experiments.errors import in_one_line, parse_flags
+from experiments.errors import in_one_line
+from experiments.recipe_flags import parse_flags
 
 _WHAT = flags.DEFINE_enum("what", None, ["run", "data"], "What to plan; see above.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")

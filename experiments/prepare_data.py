@@ -75,7 +75,8 @@ def main(_):
 
 
 if __name__ == "__main__":
-    from experiments.errors import in_one_line, parse_flags
+    from experiments.errors import in_one_line
+    from experiments.recipe_flags import parse_flags
 
     parse = functools.partial(parse_flags, config=PrepareConfig, default="configs/data.py")
     app.run(in_one_line()(main), flags_parser=parse)

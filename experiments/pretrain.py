@@ -18,7 +18,8 @@ from baichuan_jax.parallel.flags import prepare_process
 from baichuan_jax.parallel.mesh import start_processes
 from baichuan_jax.training.metrics import plot, quiet_logs
 from baichuan_jax.training.pretrain import pretrain
-from experiments.errors import in_one_line, parse_flags
+from experiments.errors import in_one_line
+from experiments.recipe_flags import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/ladder.py:384.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, local or gs://.")

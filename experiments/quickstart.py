@@ -21,7 +21,8 @@ from baichuan_jax.model import cpu
 from baichuan_jax.training.metrics import Progress, quiet_logs
 from baichuan_jax.training.pretrain import checked_mesh, open_data, pretrain
 from baichuan_jax.training.report import baselines, write_report
-from experiments.errors import in_one_line, parse_flags
+from experiments.errors import in_one_line
+from experiments.recipe_flags import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "The run's folder.")

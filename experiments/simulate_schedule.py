@@ -22,7 +22,8 @@ from baichuan_jax.training.cluster import Work
 from baichuan_jax.training.metrics import quiet_logs
 from baichuan_jax.training.scheduling import Costs
 from baichuan_jax.training.traces import KINDS
-from experiments.errors import in_one_line, parse_flags
+from experiments.errors import in_one_line
+from experiments.recipe_flags import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe; the 13B unless told.")
 _TOPOLOGY = flags.DEFINE_string("topology", "a800:32x8", "The cluster, as experiments.plan has it.")

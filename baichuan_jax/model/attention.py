@@ -130,7 +130,7 @@ def _by_platform(platform, device_kind, dtype, head_size, biased) -> tuple[str, 
         return "splash", "a TPU"
     if platform == "tpu":
         return "blockwise", f"splash is for bfloat16, not for {dtype}"
-    if platform in ("gpu", "cuda"):
+    if platform == "gpu":
         reason = cudnn.unfit(device_kind, dtype, head_size, biased)
         return ("blockwise", reason) if reason else ("cudnn", "an NVIDIA GPU")
     return "blockwise", f"no other kernel for {platform}"

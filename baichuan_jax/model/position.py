@@ -102,3 +102,10 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     power = 2 ** (num_heads.bit_length() - 1)
     extra = geometric(2 * power)[::2][: num_heads - power]
     return np.concatenate([geometric(power), extra]).astype(np.float32)
+
+
+def within_documents(segments_BT: np.ndarray) -> np.ndarray:
+    """Each token's place in its document, int32 [B, T]; `segments_BT` as of packed rows."""
+    starts_BT = np.pad(segments_BT, [(0, 0), (1, 0)])[:, :-1] != segments_BT
+    index_T = np.arange(segments_BT.shape[1], dtype=np.int32)
+    return index_T - np.maximum.accumulate(np.where(starts_BT, index_T, 0), axis=1)

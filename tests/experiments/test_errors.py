@@ -8,7 +8,8 @@ from absl import app
 from baichuan_jax.config import Config
 from baichuan_jax.data.prepare.config import PrepareConfig
 from baichuan_jax.training.checkpoint import CheckpointError
-from experiments.errors import in_one_line, parse_flags
+from experiments.errors import in_one_line
+from experiments.recipe_flags import parse_flags
 
 
 def told(main, *argv: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from baichuan_jax.model.kernels import blockwise
+from baichuan_jax.model.position import within_documents
 
 _B, _T, _H = 2, 2_000, 3  # padded to two of splash's largest blocks
 _SLOPES = np.float32([0.5, 0.03, 0.002])  # steep, and shallow enough to reach the whole row
@@ -69,7 +70,7 @@ def _compare(kernel: Callable, dtype: str, head_size: int, biased: bool) -> str:
         return out, *transpose(d_out)
 
     for rows, segments in {"whole": whole, "packed": packed}.items():
-        where = jnp.asarray(_positions(segments)), jnp.asarray(segments)
+        where = jnp.asarray(within_documents(segments)), jnp.asarray(segments)
         pairs = zip(run(kernel, *where), run(blockwise.attention, *where), strict=True)
         for name, pair in zip(("output", "dq", "dk", "dv"), pairs, strict=True):
             got, want = (np.asarray(x, np.float64) for x in pair)
@@ -78,10 +79,3 @@ def _compare(kernel: Callable, dtype: str, head_size: int, biased: bool) -> str:
                 kind = "ALiBi" if biased else "RoPE"
                 return f"{kind}, {rows} rows: {name} is off by {error:.2g} of its largest value"
     return ""
-
-
-def _positions(segments_BT: np.ndarray) -> np.ndarray:
-    """Each token's place in its document."""
-    starts_BT = np.pad(segments_BT, [(0, 0), (1, 0)])[:, :-1] != segments_BT
-    index_T = np.arange(segments_BT.shape[1], dtype=np.int32)
-    return index_T - np.maximum.accumulate(np.where(starts_BT, index_T, 0), axis=1)
